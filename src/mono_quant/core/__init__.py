@@ -1,5 +1,6 @@
 """Numbers only: schemes, mappers, quantizers, packing and the quantized tensor. Knows no ``nn.Module``."""
 
+from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.mappers import (
     calculate_scale_zp_groupwise,
     calculate_scale_zp_per_channel,
@@ -7,6 +8,7 @@ from mono_quant.core.mappers import (
     get_dtype_range,
 )
 from mono_quant.core.packing import pack_int32, pack_tiles, unpack_int32, unpack_tiles
+from mono_quant.core.quantization_info import LayerInfo, QuantizationInfo
 from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.core.quantizers import (
     dequantize_weight,
@@ -22,6 +24,9 @@ from mono_quant.core.schemes import AsymmetricScheme, QuantizationScheme, Symmet
 
 __all__ = [
     "AsymmetricScheme",
+    "LayerInfo",
+    "LayerScheme",
+    "QuantizationInfo",
     "QuantizationScheme",
     "QuantizedTensor",
     "SymmetricScheme",

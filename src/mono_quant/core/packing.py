@@ -42,7 +42,7 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
     if bits == 4:
         unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
     # Bytes in ascending order are the little-endian word; reading them as such needs no 64-bit intermediate.
-    quads = unsigned.to(torch.int32).unflatten(-1, (-1, 4))
+    quads = torch.unflatten(unsigned.to(torch.int32), -1, (-1, 4))
     low = quads[..., 0] | (quads[..., 1] << 8) | (quads[..., 2] << 16)
     # The top byte carries the sign; bringing it into [-128, 127] first keeps the shift within int32.
     top = torch.where(quads[..., 3] > 127, quads[..., 3] - 256, quads[..., 3]) << 24
@@ -72,7 +72,8 @@ def unpack_int32(words: Tensor, bits: int, length: int) -> Tensor:
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     # The shift is arithmetic; the mask drops the copies of the sign bit again.
     fields = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return (fields - offset).to(torch.int8).flatten(-2)[..., :length]
+    codes: Tensor = (fields - offset).to(torch.int8).flatten(-2)[..., :length]
+    return codes
 
 
 def _codes_per_word(bits: int) -> int:

@@ -152,7 +152,7 @@ class QuantizedTensor:
         for chunk in row_chunks(rows.shape[0], rows[:1].numel()):
             codes = rows[chunk].reshape(len(rows[chunk]), -1)
             if self.group_size is not None:
-                codes = codes.unflatten(1, (-1, self.group_size))
+                codes = torch.unflatten(codes, 1, (-1, self.group_size))
             zero_point = None if self.zero_point is None else self.zero_point[chunk].unsqueeze(-1)
             values = self._values(codes, self.scale[chunk].unsqueeze(-1), zero_point)
             result[chunk] = values.reshape(rows[chunk].shape)

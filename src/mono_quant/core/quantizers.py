@@ -50,7 +50,7 @@ def quantize_affine(
         part = rows[chunk]
         values = part.reshape(len(part), -1).float()
         if group_size is not None:
-            values = values.unflatten(1, (-1, group_size))
+            values = torch.unflatten(values, 1, (-1, group_size))
         # PyTorch's own quantizers multiply with the inverse and round last; in this order the codes agree exactly.
         values = values * row_scale[chunk].unsqueeze(-1).reciprocal()
         if row_zero_point is not None:

@@ -1,0 +1,67 @@
+"""How one layer is quantized: the frozen description that layers carry and checkpoints store."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
+
+from mono_quant.errors import ConfigurationError
+
+INT8_DYNAMIC: Final = "int8_dynamic"
+WEIGHT_ONLY: Final = "weight_only"
+FLOAT16: Final = "float16"
+KINDS: Final = (INT8_DYNAMIC, WEIGHT_ONLY, FLOAT16)
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """The arithmetic of one quantized layer.
+
+    Attributes:
+        kind: ``int8_dynamic`` (8-bit weights, inputs quantized on the fly, integer products), ``weight_only``
+            (packed weights of ``bits`` bits, float arithmetic) or ``float16`` (weights stored in half precision).
+        bits: Bits of a weight: 8, 4 or 16.
+        symmetric: Whether the weight has no zero points.
+        group_size: Inputs that share one scale; ``None`` for one scale per output channel.
+        per_channel: ``False`` if all channels share one range.
+    """
+
+    kind: str = INT8_DYNAMIC
+    bits: int = 8
+    symmetric: bool = True
+    group_size: int | None = None
+    per_channel: bool = True
+
+    def __post_init__(self) -> None:
+        allowed = {INT8_DYNAMIC: (8,), WEIGHT_ONLY: (4, 8), FLOAT16: (16,)}
+        if self.kind not in allowed:
+            raise ConfigurationError(f"scheme kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        if self.bits not in allowed[self.kind]:
+            raise ConfigurationError(f"a {self.kind} layer cannot have {self.bits} bits; expected {allowed[self.kind]}")
+        if self.group_size is not None and self.kind != WEIGHT_ONLY:
+            raise ConfigurationError(f"group_size belongs to {WEIGHT_ONLY} layers, found it with {self.kind}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Answer the scheme as plain values for a checkpoint's header."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerScheme:
+        """Undo :meth:`to_dict`.
+
+        Raises:
+            ConfigurationError: A field is unknown or has an impossible value.
+        """
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ConfigurationError(f"a layer's scheme has unknown fields {sorted(unknown)}")
+        return cls(**values)
+
+    def __str__(self) -> str:
+        if self.kind == FLOAT16:
+            return "float16"
+        granularity = f"groups of {self.group_size}" if self.group_size else "channels"
+        if not self.per_channel:
+            granularity = "tensor"
+        name = {INT8_DYNAMIC: "int8 dynamic", WEIGHT_ONLY: f"int{self.bits} weights"}[self.kind]
+        return f"{name}, {'symmetric' if self.symmetric else 'asymmetric'}, {granularity}"

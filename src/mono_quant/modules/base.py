@@ -1,0 +1,214 @@
+"""What all quantized layers share: their buffers, how they move between devices, how they read as float layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant.core.layer_scheme import FLOAT16, LayerScheme
+from mono_quant.core.quantized_tensor import QuantizedTensor
+from mono_quant.core.quantizers import (
+    quantize_weight_fp16,
+    quantize_weight_int8,
+    quantize_weight_int8_per_tensor,
+)
+from mono_quant.errors import InputTypeError
+
+
+class QuantizedModule(nn.Module):
+    """A layer that stores its weight as integers (or float16) and reads as its float original.
+
+    Its buffers are named and laid out as in a checkpoint: ``weight`` (int8 codes, or float16), ``weight_scale``
+    (float32) and, when asymmetric, ``weight_zero_point`` (int8), with one entry per output channel and as many
+    dimensions as the weight; ``bias`` stays in the float dtype that it had. There are no parameters: these layers are
+    for inference.
+
+    Attributes:
+        scheme: How the layer is quantized.
+        float_dtype: The dtype that the weight had, in which ``weight`` reads and to which the layer reverts.
+    """
+
+    #: The exact float type that this class stands in for.
+    float_type: ClassVar[type[nn.Module]]
+
+    scheme: LayerScheme
+    float_dtype: torch.dtype
+    weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
+    bias: Any
+
+    def _register_tensors(self, shape: tuple[int, ...], bias: Tensor | None, scheme: LayerScheme) -> None:
+        """Register buffers for a weight of ``shape``: all zeros until a weight is set."""
+        self.scheme = scheme
+        per_channel = (shape[0], *[1] * (len(shape) - 1))
+        has_scale = scheme.kind != FLOAT16
+        has_zero_point = has_scale and not scheme.symmetric
+        self.set_tensor("weight", torch.zeros(shape, dtype=torch.int8 if has_scale else torch.float16))
+        self.set_tensor("weight_scale", torch.ones(per_channel) if has_scale else None)
+        self.set_tensor("weight_zero_point", torch.zeros(per_channel, dtype=torch.int8) if has_zero_point else None)
+        self.set_tensor("bias", None if bias is None else bias.detach().clone())
+
+    def set_tensor(self, name: str, tensor: Tensor | None) -> None:
+        """Store a buffer, or the absence of one as a plain ``None``.
+
+        ``register_buffer`` refuses a name that the class also has as a property, and torch.export miscounts buffers
+        that are registered as ``None``.
+        """
+        if tensor is None:
+            self._buffers.pop(name, None)
+            self.__dict__[name] = None
+        else:
+            self.__dict__.pop(name, None)
+            self._buffers[name] = tensor
+
+    @classmethod
+    def like(cls, module: nn.Module, scheme: LayerScheme) -> Self:
+        """Answer a layer with the geometry of ``module`` and no weight yet: its buffers are on the ``meta`` device.
+
+        Args:
+            module: A float layer of :attr:`float_type`.
+            scheme: How the new layer is quantized.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_float(
+        cls, module: nn.Module, scheme: LayerScheme, quantized: QuantizedTensor | Tensor | None = None
+    ) -> Self:
+        """Answer a quantized copy of a float layer; ``module`` is not modified.
+
+        Args:
+            module: A layer whose type is exactly :attr:`float_type` or derives from it.
+            scheme: How to quantize it.
+            quantized: The weight if it was quantized already (tied weights), in the scheme's format.
+
+        Raises:
+            InputTypeError: ``module`` is of another type.
+            QuantizationError: Its weight is not finite.
+            ConfigurationError: The scheme does not fit the weight's shape.
+        """
+        if not isinstance(module, cls.float_type):
+            raise InputTypeError(f"{cls.__name__} replaces {cls.float_type.__name__}, found {type(module).__name__}")
+        layer = cls.like(module, scheme)
+        bias = getattr(module, "bias", None)
+        layer.set_tensor("bias", None if bias is None else bias.detach().clone())
+        layer._set_weight(cls.quantize_weight(module, scheme) if quantized is None else quantized)
+        layer.train(module.training)
+        return layer
+
+    @classmethod
+    def quantize_weight(cls, module: nn.Module, scheme: LayerScheme) -> QuantizedTensor | Tensor:
+        """Answer the weight of a float layer as ``scheme`` stores it."""
+        return quantize_by_scheme(cls.stored_weight(module), scheme)
+
+    @classmethod
+    def stored_weight(cls, module: nn.Module) -> Tensor:
+        """Answer a float layer's weight in the layout that the quantized layer stores, output channels first."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.detach()
+
+    def _set_weight(self, weight: QuantizedTensor | Tensor) -> None:
+        if isinstance(weight, Tensor):
+            self.set_tensor("weight", weight)
+            return
+        per_channel = (weight.shape[0], *[1] * (weight.dim() - 1))
+        zero_point = None if weight.zero_point is None else weight.zero_point.reshape(per_channel)
+        self.set_tensor("weight", weight.codes)
+        self.set_tensor("weight_scale", weight.scale.reshape(per_channel))
+        self.set_tensor("weight_zero_point", zero_point)
+
+    @property
+    def codes(self) -> Tensor:
+        """The stored weight: int8 codes, or the float16 weight."""
+        codes = self._buffers["weight"]
+        assert codes is not None
+        return codes
+
+    @property
+    def _quantized_weight(self) -> QuantizedTensor | Tensor:
+        """The weight as a :class:`QuantizedTensor` (float16 layers: the float16 tensor)."""
+        if self.weight_scale is None:
+            return self.codes
+        zero_point = None if self.weight_zero_point is None else self.weight_zero_point.reshape(-1)
+        return QuantizedTensor(self.codes, self.weight_scale.reshape(-1), zero_point, axis=0)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in :attr:`float_dtype`, computed at each reading."""
+        quantized = self._quantized_weight
+        return (
+            quantized.dequantize(self.float_dtype)
+            if isinstance(quantized, QuantizedTensor)
+            else (quantized.to(self.float_dtype))
+        )
+
+    def to_float(self) -> nn.Module:
+        """Answer a standard layer with the dequantized weight; this one is not modified."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Codes and scales only mean something together: .half() or .to(bfloat16) may move them, never round them.
+        before = {name: self._buffers.get(name) for name in ("weight", "weight_scale")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            after = self._buffers.get(name)
+            if tensor is not None and after is not None and after.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(after.device)
+        self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype, device=self.codes.device)).dtype
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        found = state_dict.get(f"{prefix}weight")
+        if isinstance(found, Tensor) and found.dtype != self.codes.dtype:
+            # copy_ would turn floats into meaningless codes without a word.
+            error_msgs.append(
+                f"{prefix}weight holds {found.dtype}, expected {self.codes.dtype} codes of a quantized layer; "
+                "load float weights before quantizing the model."
+            )
+            return
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def quantize_by_scheme(weight: Tensor, scheme: LayerScheme) -> QuantizedTensor | Tensor:
+    """Answer ``weight`` (output channels first) as ``scheme`` stores it, 8 bits or float16.
+
+    Raises:
+        QuantizationError: It holds NaN or infinite values.
+    """
+    if scheme.kind == FLOAT16:
+        return quantize_weight_fp16(weight)
+    if scheme.per_channel:
+        return quantize_weight_int8(weight, scheme.symmetric)
+    return quantize_weight_int8_per_tensor(weight, scheme.symmetric)
+
+
+def scheme_from_dtype(dtype: torch.dtype, symmetric: bool) -> LayerScheme:
+    """Answer the scheme that a factory's ``dtype`` and ``symmetric`` stand for.
+
+    Raises:
+        InputTypeError: ``dtype`` is neither an 8-bit integer nor float16.
+    """
+    if dtype == torch.float16:
+        return LayerScheme(FLOAT16, bits=16)
+    if dtype in (getattr(torch, "qint8", torch.int8), torch.int8):
+        return LayerScheme(symmetric=symmetric)
+    raise InputTypeError(f"cannot store a layer as {dtype}; expected torch.qint8 or torch.float16")
+
+
+def require_module(module: object, expected: type[nn.Module]) -> nn.Module:
+    """Answer ``module`` if it is an ``expected``.
+
+    Raises:
+        InputTypeError: It is something else.
+    """
+    if not isinstance(module, expected):
+        raise InputTypeError(f"expected a torch.nn.{expected.__name__}, found {type(module).__name__}")
+    return module

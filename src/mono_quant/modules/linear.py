@@ -1,0 +1,116 @@
+"""Linear layers that compute in int8."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant.core.layer_scheme import LayerScheme
+from mono_quant.core.mappers import QINT8
+from mono_quant.modules.base import QuantizedModule, require_module, scheme_from_dtype
+
+
+class QuantizedLinear(QuantizedModule):
+    """Stands in for :class:`torch.nn.Linear` and multiplies in integers.
+
+    Each row of the input is quantized on the fly (asymmetric, 8 bits), multiplied with the int8 weight, and scaled
+    once at the end, so that a row's result never depends on the other rows. With ``dtype=torch.float16`` the weight
+    is stored in half precision and the arithmetic is float32.
+
+    Shapes: input ``[..., in_features]`` of float32, bfloat16 or float16; output ``[..., out_features]`` of the same
+    dtype.
+
+    Args:
+        in_features: Size of each input row.
+        out_features: Size of each output row.
+        bias: Whether there is a bias.
+        dtype: ``torch.qint8`` or ``torch.float16``.
+        symmetric: Whether the weight has no zero points.
+
+    A layer made this way has a weight of zeros; :meth:`from_linear` takes over the weight of a float layer.
+    """
+
+    float_type: ClassVar[type[nn.Module]] = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: torch.dtype = QINT8,
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.float_dtype = torch.get_default_dtype()
+        float_bias = torch.zeros(out_features) if bias else None
+        self._register_tensors((out_features, in_features), float_bias, scheme_from_dtype(dtype, symmetric))
+
+    @classmethod
+    def like(cls, module: nn.Module, scheme: LayerScheme) -> Self:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        out_features, in_features = cls.stored_weight(module).shape
+        layer.in_features, layer.out_features = in_features, out_features
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        layer.float_dtype = weight.dtype
+        bias: Any = module.bias
+        with torch.device("meta"):
+            empty = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype)
+            layer._register_tensors((out_features, in_features), empty, scheme)
+        return layer
+
+    @classmethod
+    def from_linear(cls, module: nn.Linear, dtype: torch.dtype = QINT8, symmetric: bool = False) -> Self:
+        """Answer a quantized copy of ``module``, which is not modified.
+
+        Raises:
+            InputTypeError: ``module`` is not a linear layer, or ``dtype`` not one of this class.
+            QuantizationError: Its weight holds NaN or infinite values.
+        """
+        return cls.from_float(require_module(module, nn.Linear), scheme_from_dtype(dtype, symmetric))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight_scale is None:
+            half: Tensor = torch.ops.mono_quant.linear_half(input, self.codes, self.bias)
+            return half
+        out: Tensor = torch.ops.mono_quant.linear_dynamic(
+            input, self.codes, self.weight_scale, self.weight_zero_point, self.bias
+        )
+        return out
+
+    def to_float(self) -> nn.Module:
+        return build_linear(self.weight, self.bias, self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.scheme}"
+        )
+
+
+def build_linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
+    """Answer an ``nn.Linear`` that holds ``weight`` (``[out, in]``) and a copy of ``bias``."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone())
+    return linear.train(training)
+
+
+def quantize_linear_module(module: nn.Linear, dtype: torch.dtype = QINT8, symmetric: bool = False) -> QuantizedLinear:
+    """Answer a :class:`QuantizedLinear` with the weight of ``module``, which is not modified.
+
+    Args:
+        module: The float layer.
+        dtype: ``torch.qint8`` or ``torch.float16``.
+        symmetric: Whether the weight is quantized without zero points.
+
+    Raises:
+        InputTypeError: ``module`` is not a linear layer, or ``dtype`` is neither of these.
+        QuantizationError: The weight holds NaN or infinite values.
+    """
+    return QuantizedLinear.from_linear(module, dtype, symmetric)

@@ -1,0 +1,50 @@
+"""Which quantized layer stands in for which float layer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
+from mono_quant.modules.base import QuantizedModule
+from mono_quant.modules.linear import QuantizedLinear
+from mono_quant.modules.weight_only import WeightOnlyLinear
+
+# By exact type: a subclass may compute something else with its weight, and is never swapped by surprise. Types of
+# optional libraries are registered by their qualified name, so that the library need not be imported.
+_BY_TYPE: dict[type[nn.Module], type[QuantizedModule]] = {}
+_BY_NAME: dict[str, type[QuantizedModule]] = {}
+_WEIGHT_ONLY: dict[type[nn.Module], type[QuantizedModule]] = {nn.Linear: WeightOnlyLinear}
+
+
+def register(float_type: type[nn.Module] | str, quantized_type: type[QuantizedModule]) -> None:
+    """Let ``quantized_type`` stand in for ``float_type``.
+
+    Args:
+        float_type: The exact module type, or its qualified name such as ``"package.module.Layer"``.
+        quantized_type: Its counterpart.
+    """
+    if isinstance(float_type, str):
+        _BY_NAME[float_type] = quantized_type
+    else:
+        _BY_TYPE[float_type] = quantized_type
+
+
+def counterpart(module: nn.Module) -> type[QuantizedModule] | None:
+    """Answer the class that can stand in for ``module`` in 8 bits or float16, or ``None``."""
+    float_type = type(module)
+    return _BY_TYPE.get(float_type) or _BY_NAME.get(f"{float_type.__module__}.{float_type.__qualname__}")
+
+
+def counterpart_for_scheme(module: nn.Module, scheme: LayerScheme) -> type[QuantizedModule] | None:
+    """Answer the class that can stand in for ``module`` in ``scheme``, or ``None``."""
+    if scheme.kind == WEIGHT_ONLY:
+        return _WEIGHT_ONLY.get(type(module))
+    return counterpart(module)
+
+
+def registered_types() -> tuple[type[nn.Module], ...]:
+    """Answer the float types that have a counterpart, without those registered by name."""
+    return tuple(_BY_TYPE)
+
+
+register(nn.Linear, QuantizedLinear)

@@ -1,0 +1,99 @@
+"""Which implementation runs on the CPU: the native kernels, PyTorch's own, or the specification."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any
+
+from torch.library import Library
+
+from mono_quant.errors import BackendError
+from mono_quant.ops import native, torch_cpu
+from mono_quant.ops.library import NAMESPACE, REFERENCE
+
+BACKENDS = ("native", "torch", "reference")
+ENVIRONMENT_VARIABLE = "MONO_QUANT_BACKEND"
+
+# What PyTorch has no integer kernel for runs the specification, block by block.
+_TORCH: dict[str, Callable[..., Any]] = REFERENCE | {
+    "quantize_rows": torch_cpu.quantize_rows,
+    "linear_dynamic": torch_cpu.linear_dynamic,
+    "conv_dynamic": torch_cpu.conv_dynamic,
+}
+
+_lock = RLock()
+_override: Library | None = None
+_current = "reference"
+
+
+def available_backends() -> tuple[str, ...]:
+    """Answer the names that :func:`set_backend` takes on this machine, best first."""
+    return tuple(name for name in BACKENDS if name != "native" or native.is_loaded())
+
+
+def get_backend() -> str:
+    """Answer the name of the backend that the CPU operators run on."""
+    return _current
+
+
+def set_backend(name: str) -> None:
+    """Choose what the CPU operators run on, for the whole process.
+
+    Args:
+        name: ``native`` (the C++ kernels), ``torch`` (what PyTorch ships) or ``reference`` (the specification).
+
+    Raises:
+        BackendError: There is no such backend, or the native library is not loaded; says why.
+    """
+    global _override, _current
+    if name not in BACKENDS:
+        raise BackendError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+    if name == "native" and not native.is_loaded():
+        raise BackendError(
+            f"the native library is not loaded: {native.reason_not_loaded()}",
+            suggestion="Install with a C++ compiler and torch present, or choose the backend 'torch'.",
+        )
+    with _lock:
+        if _override is not None:
+            _override._destroy()
+            _override = None
+        if name == "native":
+            # What has no native kernel runs on PyTorch's.
+            _override = _register({k: v for k, v in _TORCH.items() if k not in native.operators()})
+        else:
+            _override = _register(_TORCH if name == "torch" else REFERENCE)
+        _current = name
+
+
+def _register(implementations: dict[str, Callable[..., Any]]) -> Library:
+    library = Library(NAMESPACE, "IMPL")
+    # PyTorch warns that kernels are overridden, which is the purpose here.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, implementation in implementations.items():
+            library.impl(name, implementation, "CPU")
+    return library
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose a backend for a ``with`` block, then go back to the one before (for the whole process)."""
+    before = get_backend()
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def choose_default_backend() -> None:
+    """Take the backend that the environment names, or the best one there is.
+
+    Raises:
+        BackendError: The environment names a backend that this machine does not have.
+    """
+    set_backend(os.environ.get(ENVIRONMENT_VARIABLE) or available_backends()[0])

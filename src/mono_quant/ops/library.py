@@ -1,0 +1,136 @@
+"""The operators' schemas and shape functions, and the specification registered for every device.
+
+``torch.ops.mono_quant.*`` exists once this module is imported. Where a device has no kernel of its own, PyTorch's
+dispatcher runs the functions of :mod:`mono_quant.ops.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from mono_quant.core.packing import TILE_IN, TILE_OUT
+from mono_quant.ops import reference
+
+NAMESPACE = "mono_quant"
+
+SCHEMAS: dict[str, str] = {
+    "quantize_rows": "(Tensor x) -> (Tensor, Tensor, Tensor)",
+    "linear_dynamic": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+    'str activation="none") -> Tensor',
+    "pack_weight": "(Tensor weight) -> Tensor",
+    "unpack_weight": "(Tensor packed, int out_features, int in_features) -> Tensor",
+    "linear_dynamic_packed": "(Tensor x, Tensor packed, Tensor column_sum, Tensor weight_scale, "
+    'Tensor? weight_zero_point, Tensor? bias, int out_features, str activation="none") -> Tensor',
+    "embedding": "(Tensor indices, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, ScalarType dtype)"
+    " -> Tensor",
+    "conv_dynamic": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+    "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    "linear_weight_only": "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, "
+    "Tensor? bias, int in_features, int bits, int group_size) -> Tensor",
+    "linear_half": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+}
+
+REFERENCE: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in SCHEMAS}
+
+
+def _quantize_rows_shape(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[:-1]
+    return (
+        torch.empty(x.shape, dtype=torch.uint8, device=x.device),
+        torch.empty(rows, dtype=torch.float32, device=x.device),
+        torch.empty(rows, dtype=torch.int32, device=x.device),
+    )
+
+
+def _linear_dynamic_shape(x: Tensor, weight: Tensor, *_: object, **__: object) -> Tensor:
+    return _contiguous(x, (*x.shape[:-1], weight.shape[0]))
+
+
+def _pack_weight_shape(weight: Tensor) -> Tensor:
+    out_features, in_features = weight.shape
+    return weight.new_empty(
+        (out_features + TILE_OUT - 1) // TILE_OUT, (in_features + TILE_IN - 1) // TILE_IN, TILE_IN // 4, TILE_OUT, 4
+    )
+
+
+def _unpack_weight_shape(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    return packed.new_empty(out_features, in_features)
+
+
+def _linear_dynamic_packed_shape(
+    x: Tensor,
+    packed: Tensor,
+    column_sum: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str = "none",
+) -> Tensor:
+    return _contiguous(x, (*x.shape[:-1], out_features))
+
+
+def _embedding_shape(
+    indices: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty((*indices.shape, weight.shape[1]), dtype=dtype, device=indices.device)
+
+
+def _conv_dynamic_shape(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    spatial = [
+        (size + 2 * pad - dilate * (kernel - 1) - 1) // step + 1
+        for size, pad, dilate, kernel, step in zip(
+            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
+        )
+    ]
+    return _contiguous(x, (x.shape[0], weight.shape[0], *spatial))
+
+
+def _linear_weight_only_shape(x: Tensor, weight_packed: Tensor, *_: object, **__: object) -> Tensor:
+    return _contiguous(x, (*x.shape[:-1], weight_packed.shape[0]))
+
+
+def _linear_half_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _contiguous(x, (*x.shape[:-1], weight.shape[0]))
+
+
+def _contiguous(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    # Not new_empty: the answer is contiguous whatever the strides of the input.
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+
+_SHAPES: dict[str, Callable[..., Any]] = {
+    "quantize_rows": _quantize_rows_shape,
+    "linear_dynamic": _linear_dynamic_shape,
+    "pack_weight": _pack_weight_shape,
+    "unpack_weight": _unpack_weight_shape,
+    "linear_dynamic_packed": _linear_dynamic_packed_shape,
+    "embedding": _embedding_shape,
+    "conv_dynamic": _conv_dynamic_shape,
+    "linear_weight_only": _linear_weight_only_shape,
+    "linear_half": _linear_half_shape,
+}
+
+# Compiled graphs must hand the operators the strides that eager mode would.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+_definitions = Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    _definitions.define(_name + _schema, tags=_TAGS)
+    _definitions.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
+    register_fake(f"{NAMESPACE}::{_name}", _SHAPES[_name])
