@@ -1,0 +1,74 @@
+// The five tile operations the AMX kernel needs. With MONO_QUANT_AMX_EMULATED they are plain loops, so that blocking,
+// padding and epilogue can be tested on processors without tiles; release builds never define it.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#ifdef MONO_QUANT_AMX_EMULATED
+
+namespace {
+
+thread_local uint8_t emulated_tiles[8][16][64];
+
+inline void emulated_load(int t, const void* p, int64_t stride) {
+  for (int r = 0; r < 16; ++r) memcpy(emulated_tiles[t][r], (const char*)p + r * stride, 64);
+}
+inline void emulated_store(int t, void* p, int64_t stride) {
+  for (int r = 0; r < 16; ++r) memcpy((char*)p + r * stride, emulated_tiles[t][r], 64);
+}
+inline void emulated_zero(int t) { memset(emulated_tiles[t], 0, sizeof(emulated_tiles[t])); }
+inline void emulated_dpbusd(int sum, int a, int b) {
+  for (int r = 0; r < 16; ++r) {
+    for (int c = 0; c < 16; ++c) {
+      int32_t total;
+      memcpy(&total, emulated_tiles[sum][r] + c * 4, 4);
+      uint32_t wrapped = (uint32_t)total;
+      for (int k = 0; k < 64; ++k) {
+        wrapped += (uint32_t)((int32_t)emulated_tiles[a][r][k] * (int32_t)(int8_t)emulated_tiles[b][k / 4][c * 4 + k % 4]);
+      }
+      memcpy(emulated_tiles[sum][r] + c * 4, &wrapped, 4);
+    }
+  }
+}
+
+}  // namespace
+
+#define TILE_CONFIGURE() ((void)0)
+#define TILE_RELEASE() ((void)0)
+#define TILE_ZERO(t) emulated_zero(t)
+#define TILE_LOAD(t, p, stride) emulated_load(t, p, stride)
+#define TILE_STORE(t, p, stride) emulated_store(t, p, stride)
+#define TILE_DPBUSD(sum, a, b) emulated_dpbusd(sum, a, b)
+
+#else
+
+#include <immintrin.h>
+
+namespace {
+
+// Palette 1: all eight tiles of 16 rows by 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {0};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64, "the processor reads 64 bytes");
+
+inline void configure_tiles() {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+}
+
+}  // namespace
+
+#define TILE_CONFIGURE() configure_tiles()
+#define TILE_RELEASE() _tile_release()
+#define TILE_ZERO(t) _tile_zero(t)
+#define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
+#define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
+#define TILE_DPBUSD(sum, a, b) _tile_dpbusd(sum, a, b)
+
+#endif

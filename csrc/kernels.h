@@ -1,0 +1,102 @@
+// The contract between the operators (ops.cpp, which knows torch) and the kernels (one translation unit per
+// instruction set, which know raw pointers only).
+//
+// Every kernel unit fills one KernelTable. All else in such a unit has internal linkage: an inline function or a
+// template with external linkage would be emitted by several units under one name, the linker would keep any one of
+// them, and code for a wide instruction set could then run on a processor that lacks it.
+#pragma once
+
+#include <stdint.h>
+
+namespace mono_quant {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+
+// The packed weight: [ceil(n/16)][ceil(k/64)][16][16][4], zero padded; see docs of pack_weight.
+constexpr int64_t kPanelColumns = 16;
+constexpr int64_t kPanelDepth = 64;
+
+// Code rows that a kernel may read behind the last: tiles have a fixed height.
+constexpr int64_t kReadablePastEnd = 32;
+
+inline constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+inline constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// out[r, c] = act(((sum_k (x[r,k]-zx[r])*(w[c,k]-zw[c])) * sx[r]) * sw[c] + bias[c])
+struct LinearArgs {
+  const void* x;  // rows of k elements, last dimension contiguous
+  int64_t x_stride;  // elements from one row to the next
+  DType dtype;  // of x and of out
+  int64_t m, k, n;
+  const int8_t* packed;  // packed weight, or null when `plain` is given
+  const int8_t* plain;  // [n, k] row-major weight, packed on the fly
+  const int32_t* column_sum;  // [n] sums of weight codes; null with `plain`
+  const float* weight_scale;  // [n]
+  const int8_t* weight_zero_point;  // [n] or null
+  const float* bias;  // [n] or null
+  Activation activation;
+  void* out;  // [m, n] contiguous
+  // Rows already quantized (all three set) or to be quantized by the kernel (all three null).
+  const uint8_t* codes;  // [m, round_up(k, 64)], with kReadablePastEnd more rows readable behind
+  const float* x_scale;  // [m]
+  const int32_t* x_zero_point;  // [m]
+};
+
+// The two layers that keep float activations: weights as int4/int8 words with group scales, or as float16.
+struct FloatLinearArgs {
+  const void* x;
+  int64_t x_stride;
+  DType dtype;
+  int64_t m, k, n;
+  int bits;  // 4 or 8: `weight` holds int32 words; 16: `weight` holds float16
+  const void* weight;
+  int64_t row_bytes;  // from one weight row to the next
+  int64_t group_size;  // 0 when bits is 16
+  const float* weight_scale;  // [n, groups]
+  const int8_t* weight_zero_point;  // [n, groups] or null
+  const float* bias;
+  void* out;
+};
+
+struct KernelTable {
+  const char* name;
+
+  // Products per microsecond and thread, roughly: decides only how many threads a call is worth.
+  double speed;
+
+  // Rows [0, rows) of x to uint8 codes; each code row is filled with zeros up to code_stride.
+  void (*quantize_rows)(const void* x, DType dtype, int64_t x_stride, int64_t rows, int64_t k, uint8_t* codes,
+                        int64_t code_stride, float* scale, int32_t* zero_point);
+
+  // Panels [panel_begin, panel_end) of the packed layout.
+  void (*pack_weight)(const int8_t* weight, int64_t n, int64_t k, int64_t panel_begin, int64_t panel_end,
+                      int8_t* packed);
+  void (*unpack_weight)(const int8_t* packed, int64_t n, int64_t k, int64_t panel_begin, int64_t panel_end,
+                        int8_t* weight);
+
+  // Rows [row_begin, row_end) and columns [col_begin, col_end) of the output; col_begin is a multiple of 64.
+  // `scratch` is 64-byte aligned and holds linear_scratch_bytes(...) bytes.
+  int64_t (*linear_scratch_bytes)(const LinearArgs& args, int64_t rows);
+  void (*linear)(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
+                 void* scratch);
+
+  int64_t (*float_linear_scratch_bytes)(const FloatLinearArgs& args, int64_t rows);
+  void (*float_linear)(const FloatLinearArgs& args, int64_t row_begin, int64_t row_end, int64_t col_begin,
+                       int64_t col_end, void* scratch);
+
+  // out[i, :] = (weight[index[i], :] - zero_point) * scale; indices are already checked.
+  void (*embedding)(const int64_t* index, int64_t count, const int8_t* weight, int64_t dim, const float* scale,
+                    const int8_t* zero_point, DType dtype, void* out);
+};
+
+// One per unit; null when the unit was not built for this architecture.
+extern const KernelTable kGenericKernels;
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512VnniKernels;
+extern const KernelTable kAmxKernels;
+// Only in the tests: the AMX unit built with emulated tiles.
+extern const KernelTable kAmxEmulatedKernels;
+
+}  // namespace mono_quant

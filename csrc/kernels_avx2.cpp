@@ -1,0 +1,108 @@
+// AVX2 kernels, without VNNI.
+//
+// The one 8-bit multiply of AVX2, vpmaddubsw, clips sums of two products to 16 bits and would change answers. Codes are
+// widened to 16 bits instead and multiplied by vpmaddwd, which is exact: 16 products per instruction, a quarter of what
+// vpdpbusd does in 512 bits. That rate is the bound for many rows; for one row it is widening the weight.
+#include "kernels.h"
+#include "vec_avx2.h"
+#include "rows.inl"
+#include "activation.inl"
+#include "unpack.inl"
+
+namespace {
+
+using Code = int16_t;
+constexpr int64_t kTileRows = 6;
+constexpr int64_t kTileCols = 16;
+constexpr bool kEvenTiles = true;
+
+inline void begin_product() {}
+inline void end_product() {}
+
+// Eight columns: every accumulator holds two partial sums for each of four.
+template <int kRows>
+void product(const int16_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* tile) {
+  __m256i acc[kRows][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+  for (int64_t s = 0; s < steps; ++s) {
+    const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + s * 64)));
+    const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + s * 64 + 16)));
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      int64_t four;
+      memcpy(&four, a + r * lda + s * 4, 8);
+      const __m256i x = _mm256_set1_epi64x(four);
+      acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(x, low));
+      acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(x, high));
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    const __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc[r][0], acc[r][1]), 0xd8);
+    _mm256_storeu_si256((__m256i*)(tile + r * kTileCols), sums);
+  }
+}
+
+template <int kRows>
+inline void product_panel(const int16_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* tile) {
+  product<kRows>(a, lda, b, steps, tile);
+  product<kRows>(a, lda, b + 32, steps, tile + 8);
+}
+
+void gemm_tile(const int16_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t, int64_t, int64_t depth,
+               int32_t* tile) {
+  const int64_t steps = (depth + 3) / 4;
+  switch (rows) {
+    case 1: return product_panel<1>(a, lda, b, steps, tile);
+    case 2: return product_panel<2>(a, lda, b, steps, tile);
+    case 3: return product_panel<3>(a, lda, b, steps, tile);
+    case 4: return product_panel<4>(a, lda, b, steps, tile);
+    case 5: return product_panel<5>(a, lda, b, steps, tile);
+    default: return product_panel<6>(a, lda, b, steps, tile);
+  }
+}
+
+void pack_panel(const int8_t* weight, int64_t n, int64_t k, int64_t panel, int8_t* packed, int32_t* sum) {
+  const int64_t kp = mono_quant::round_up(k, mono_quant::kPanelDepth), columns = n - panel * 16;
+  for (int64_t i = 0; i < kp; i += 32) {
+    for (int half = 0; half < 2; ++half) {
+      __m256i r[8];
+      for (int c = 0; c < 8; ++c) {
+        const int64_t column = half * 8 + c;
+        const int8_t* row = weight + (panel * 16 + column) * k + i;
+        if (column >= columns || i >= k) {
+          r[c] = _mm256_setzero_si256();
+        } else if (k - i >= 32) {
+          r[c] = _mm256_loadu_si256((const __m256i*)row);
+        } else {
+          alignas(32) int8_t last[32] = {0};
+          memcpy(last, row, (size_t)(k - i));
+          r[c] = _mm256_load_si256((const __m256i*)last);
+        }
+      }
+      transpose8(r);
+      for (int q = 0; q < 8; ++q) _mm256_storeu_si256((__m256i*)(packed + (i / 4 + q) * 64 + half * 32), r[q]);
+    }
+  }
+  for (int64_t c = 0; c < 16; ++c) {
+    int32_t total = 0;
+    if (c < columns) {
+      const int8_t* row = weight + (panel * 16 + c) * k;
+      for (int64_t i = 0; i < k; ++i) total += row[i];
+    }
+    sum[c] = total;
+  }
+}
+
+}  // namespace
+
+#include "linear.inl"
+
+namespace mono_quant {
+
+const KernelTable kAvx2Kernels = {
+    "avx2", 80e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear, nullptr, nullptr, embedding,
+};
+
+}  // namespace mono_quant

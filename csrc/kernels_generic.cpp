@@ -1,0 +1,73 @@
+// Portable kernels: no instruction beyond the compiler's baseline (SSE2 on x86-64).
+//
+// Bound of the linear: the rate of 16-bit multiply-adds, which the compiler finds in the dot products below.
+#include "kernels.h"
+#include "vec_generic.h"
+#include "rows.inl"
+#include "activation.inl"
+#include "unpack.inl"
+
+namespace {
+
+using Code = int16_t;
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileCols = 16;
+constexpr bool kEvenTiles = true;
+constexpr int64_t kDepthBlock = 256;
+
+inline void begin_product() {}
+inline void end_product() {}
+
+// A block of the panel is widened to rows of int16 once and met by all rows of the tile.
+void gemm_tile(const int16_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t, int64_t, int64_t depth,
+               int32_t* tile) {
+  int16_t wide[16][kDepthBlock];
+  for (int64_t i = 0; i < rows * kTileCols; ++i) tile[i] = 0;
+  for (int64_t k0 = 0; k0 < depth; k0 += kDepthBlock) {
+    const int64_t count = mono_quant::round_up(mono_quant::smaller(kDepthBlock, depth - k0), 4);
+    for (int64_t i = 0; i < count; i += 4) {
+      const int8_t* from = b + (k0 + i) * 16;
+      for (int64_t c = 0; c < 16; ++c) {
+        for (int64_t j = 0; j < 4; ++j) wide[c][i + j] = from[c * 4 + j];
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int16_t* x = a + r * lda + k0;
+      for (int64_t c = 0; c < 16; ++c) {
+        const int16_t* w = wide[c];
+        int32_t sum = 0;
+        for (int64_t i = 0; i < count; ++i) sum += (int32_t)x[i] * (int32_t)w[i];
+        tile[r * kTileCols + c] += sum;
+      }
+    }
+  }
+}
+
+// Panel `panel`: columns (rows of `weight`) panel*16 .. +16; also their sums.
+void pack_panel(const int8_t* weight, int64_t n, int64_t k, int64_t panel, int8_t* packed, int32_t* sum) {
+  const int64_t kp = mono_quant::round_up(k, mono_quant::kPanelDepth);
+  memset(packed, 0, (size_t)(kp * 16));
+  for (int64_t c = 0; c < 16; ++c) {
+    int32_t total = 0;
+    if (panel * 16 + c < n) {
+      const int8_t* row = weight + (panel * 16 + c) * k;
+      for (int64_t i = 0; i < k; ++i) {
+        packed[(i / 4 * 16 + c) * 4 + i % 4] = row[i];
+        total += row[i];
+      }
+    }
+    sum[c] = total;
+  }
+}
+
+}  // namespace
+
+#include "linear.inl"
+
+namespace mono_quant {
+
+const KernelTable kGenericKernels = {
+    "generic", 15e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear, nullptr, nullptr, embedding,
+};
+
+}  // namespace mono_quant

@@ -1,0 +1,267 @@
+// The dynamic int8 linear: blocking, epilogue and store. The unit that includes this file supplies, before:
+//   Code                  element of the code rows its product reads (uint8_t, or int16_t without a u8 x s8 product)
+//   kTileRows, kTileCols  the largest tile of gemm_tile; kTileCols is 16 or 64
+//   kEvenTiles            whether rows are split into tiles of even height
+//   gemm_tile(...)        int32 products of a tile
+//   pack_panel(...)       one 16-column panel from a row-major weight, and its column sums
+
+namespace {
+
+using mono_quant::Activation;
+using mono_quant::DType;
+using mono_quant::LinearArgs;
+
+// An int32 sum of products of u8 codes and (s8 - s8) codes cannot overflow up to this depth: 255 * 255 * 32768 < 2^31.
+constexpr int64_t kExactDepth = 32768;
+// Code rows of one block stay in the second-level cache beside the weight panels they meet.
+constexpr int64_t kBlockBytes = 256 * 1024;
+
+struct Columns {
+  alignas(64) float scale[64];
+  alignas(64) float bias[64];
+  alignas(64) int32_t sum[64];
+  alignas(64) int32_t zero_point[64];
+};
+
+struct Tile {
+  const int32_t* sums;  // kTileCols apart; float32 values in the bits when `converted`
+  bool converted;
+  bool weight_zero_points;
+  int64_t rows, cols;
+  const float* x_scale;
+  const int32_t* x_zero_point;
+  const int32_t* x_sum;  // sum over k of (code - zero point); read only with weight zero points
+  const Columns* columns;
+  void* out;
+  int64_t first;  // element of `out` where the tile starts
+  int64_t stride;
+};
+
+template <int kType, int kActivation>
+inline F32 finish_lanes(const Tile& t, int64_t r, int64_t c) {
+  F32 v;
+  const Columns& columns = *t.columns;
+  const int32_t* sums = t.sums + r * kTileCols + c;
+  if (t.converted) {
+    v = load_f32((const float*)sums);
+  } else {
+    I32 acc = sub_i32(load_i32(sums), mul_i32(splat_i32(t.x_zero_point[r]), load_i32(columns.sum + c)));
+    if (t.weight_zero_points) {
+      acc = sub_i32(acc, mul_i32(splat_i32(t.x_sum[r]), load_i32(columns.zero_point + c)));
+    }
+    v = to_f32(acc);
+  }
+  v = mul(mul(v, splat(t.x_scale[r])), load_f32(columns.scale + c));
+  return activate<kActivation>(add(v, load_f32(columns.bias + c)));
+}
+
+template <int kType, int kActivation>
+void finish_tile(const Tile& t) {
+  const int64_t whole = t.cols / kLanes * kLanes;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t row = t.first + r * t.stride;
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      store_x<kType>(t.out, row + c, finish_lanes<kType, kActivation>(t, r, c));
+    }
+    if (whole < t.cols) {
+      char last[kLanes * 4];
+      store_x<kType>(last, 0, finish_lanes<kType, kActivation>(t, r, whole));
+      memcpy((char*)t.out + (row + whole) * element_size<kType>(), last,
+             (size_t)((t.cols - whole) * element_size<kType>()));
+    }
+  }
+}
+
+typedef void (*FinishTile)(const Tile&);
+
+template <int kType>
+FinishTile finish_for(Activation activation) {
+  switch (activation) {
+    case mono_quant::kRelu: return finish_tile<kType, mono_quant::kRelu>;
+    case mono_quant::kGelu: return finish_tile<kType, mono_quant::kGelu>;
+    case mono_quant::kGeluTanh: return finish_tile<kType, mono_quant::kGeluTanh>;
+    case mono_quant::kSilu: return finish_tile<kType, mono_quant::kSilu>;
+    default: return finish_tile<kType, mono_quant::kNone>;
+  }
+}
+
+FinishTile finish_for(DType dtype, Activation activation) {
+  if (dtype == mono_quant::kFloat32) return finish_for<mono_quant::kFloat32>(activation);
+  if (dtype == mono_quant::kBFloat16) return finish_for<mono_quant::kBFloat16>(activation);
+  return finish_for<mono_quant::kFloat16>(activation);
+}
+
+inline int64_t padded_depth(int64_t k) { return mono_quant::round_up(k, mono_quant::kPanelDepth); }
+
+inline int64_t block_rows(int64_t kp, int64_t rows) {
+  int64_t fit = kBlockBytes / ((kp + 1) * (int64_t)sizeof(Code)) / kTileRows * kTileRows;
+  fit = mono_quant::smaller(mono_quant::larger(fit, kTileRows), 192 / kTileRows * kTileRows);
+  return mono_quant::smaller(fit, mono_quant::round_up(rows, kTileRows));
+}
+
+// The next 64-byte aligned piece of a scratch area; with a null base only the size is counted.
+inline char* piece(char* base, int64_t* at, int64_t bytes) {
+  char* p = base ? base + *at : nullptr;
+  *at += mono_quant::round_up(bytes, 64);
+  return p;
+}
+
+struct Scratch {
+  uint8_t* codes;
+  Code* wide;
+  float* scale;
+  int32_t* zero_point;
+  int32_t* sum;
+  int8_t* panels;
+  int64_t bytes;
+};
+
+inline Scratch carve(const LinearArgs& p, int64_t rows, char* base) {
+  const int64_t kp = padded_depth(p.k), count = block_rows(kp, rows);
+  int64_t at = 0;
+  Scratch s;
+  s.codes = (uint8_t*)piece(base, &at, count * kp);
+  s.wide = (Code*)piece(base, &at, sizeof(Code) > 1 ? count * kp * (int64_t)sizeof(Code) : 0);
+  s.scale = (float*)piece(base, &at, count * 4);
+  s.zero_point = (int32_t*)piece(base, &at, count * 4);
+  s.sum = (int32_t*)piece(base, &at, count * 4);
+  s.panels = (int8_t*)piece(base, &at, p.plain ? kTileCols * kp : 0);
+  s.bytes = at;
+  return s;
+}
+
+int64_t linear_scratch_bytes(const LinearArgs& p, int64_t rows) { return carve(p, rows, nullptr).bytes; }
+
+inline int64_t code_sum(const uint8_t* codes, int64_t k) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < k; i += 4096) {
+    int32_t part = 0;
+    const int64_t end = mono_quant::smaller(k, i + 4096);
+    for (int64_t j = i; j < end; ++j) part += codes[j];
+    sum += part;
+  }
+  return sum;
+}
+
+inline void fill_columns(const LinearArgs& p, int64_t col, int64_t cols, Columns* c) {
+  for (int64_t i = 0; i < kTileCols; ++i) {
+    const bool inside = i < cols;
+    c->scale[i] = inside ? p.weight_scale[col + i] : 0.f;
+    c->bias[i] = inside && p.bias ? p.bias[col + i] : 0.f;
+    c->sum[i] = inside && p.column_sum ? p.column_sum[col + i] : 0;
+    c->zero_point[i] = inside && p.weight_zero_point ? p.weight_zero_point[col + i] : 0;
+  }
+}
+
+// Beyond kExactDepth: int32 sums of pieces of the depth, added in int64; float32 only once, at the end.
+void deep_tile(const LinearArgs& p, const Code* a, int64_t kp, int64_t rows, const int8_t* panels, int64_t panel_count,
+               const uint8_t* codes, const int32_t* x_zero_point, const Columns& c, int32_t* tile) {
+  int64_t total[kTileRows * kTileCols];
+  for (int64_t i = 0; i < rows * kTileCols; ++i) total[i] = 0;
+  for (int64_t k0 = 0; k0 < p.k; k0 += kExactDepth) {
+    const int64_t depth = mono_quant::smaller(kExactDepth, p.k - k0);
+    gemm_tile(a + k0, kp, rows, panels + k0 * mono_quant::kPanelColumns, kp * mono_quant::kPanelColumns, panel_count,
+              depth, tile);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < panel_count * 16; ++i) total[r * kTileCols + i] += tile[r * kTileCols + i];
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t zx = x_zero_point[r];
+    const int64_t centred = p.weight_zero_point ? code_sum(codes + r * kp, p.k) - p.k * zx : 0;
+    for (int64_t i = 0; i < panel_count * 16; ++i) {
+      const float exact = (float)(total[r * kTileCols + i] - zx * c.sum[i] - centred * c.zero_point[i]);
+      memcpy(tile + r * kTileCols + i, &exact, 4);
+    }
+  }
+}
+
+void linear_block(const LinearArgs& p, int64_t row, int64_t rows, int64_t col_begin, int64_t col_end, const Scratch& s,
+                  const Code* a, const uint8_t* codes, const float* scale, const int32_t* zero_point,
+                  FinishTile finish) {
+  const int64_t kp = padded_depth(p.k), panel_bytes = kp * mono_quant::kPanelColumns;
+  const bool deep = p.k > kExactDepth;
+  alignas(64) int32_t sums[kTileRows * kTileCols];
+  Columns columns;
+  for (int64_t col = col_begin; col < col_end; col += kTileCols) {
+    const int64_t cols = mono_quant::smaller(kTileCols, col_end - col);
+    const int64_t panel_count = (cols + 15) / 16;
+    const int8_t* panels = s.panels;
+    fill_columns(p, col, cols, &columns);
+    if (p.packed) {
+      panels = p.packed + col / 16 * panel_bytes;
+    } else {
+      for (int64_t i = 0; i < panel_count; ++i) {
+        pack_panel(p.plain, p.n, p.k, col / 16 + i, s.panels + i * panel_bytes, columns.sum + i * 16);
+      }
+    }
+    // Even tiles: 8 rows as 4 + 4 keep more of the product units busy than 6 + 2.
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    for (int64_t i = 0, r = 0; i < tiles; ++i) {
+      const int64_t left = rows - r;
+      const int64_t count = kEvenTiles ? (left + tiles - i - 1) / (tiles - i) : mono_quant::smaller(left, kTileRows);
+      if (deep) {
+        deep_tile(p, a + r * kp, kp, count, panels, panel_count, codes + r * kp, zero_point + r, columns, sums);
+      } else {
+        gemm_tile(a + r * kp, kp, count, panels, panel_bytes, panel_count, p.k, sums);
+      }
+      Tile t;
+      t.sums = sums;
+      t.converted = deep;
+      t.weight_zero_points = p.weight_zero_point != nullptr;
+      t.rows = count;
+      t.cols = cols;
+      t.x_scale = scale + r;
+      t.x_zero_point = zero_point + r;
+      t.x_sum = s.sum + r;
+      t.columns = &columns;
+      t.out = p.out;
+      t.first = (row + r) * p.n + col;
+      t.stride = p.n;
+      finish(t);
+      r += count;
+    }
+  }
+}
+
+inline const Code* code_rows(const uint8_t* codes, int64_t, Code*, const uint8_t*) { return (const Code*)codes; }
+inline const Code* code_rows(const uint8_t* codes, int64_t count, int16_t* wide, const int16_t*) {
+  for (int64_t i = 0; i < count; ++i) wide[i] = codes[i];
+  return (const Code*)wide;
+}
+
+void pack_weight(const int8_t* weight, int64_t n, int64_t k, int64_t panel_begin, int64_t panel_end, int8_t* packed) {
+  const int64_t panel_bytes = padded_depth(k) * mono_quant::kPanelColumns;
+  int32_t sum[16];
+  for (int64_t p = panel_begin; p < panel_end; ++p) pack_panel(weight, n, k, p, packed + p * panel_bytes, sum);
+}
+
+void linear(const LinearArgs& p, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
+            void* scratch) {
+  const int64_t kp = padded_depth(p.k), step = block_rows(kp, row_end - row_begin);
+  const Scratch s = carve(p, row_end - row_begin, (char*)scratch);
+  const FinishTile finish = finish_for(p.dtype, p.activation);
+  begin_product();
+  for (int64_t row = row_begin; row < row_end; row += step) {
+    const int64_t rows = mono_quant::smaller(step, row_end - row);
+    const uint8_t* codes = s.codes;
+    const float* scale = s.scale;
+    const int32_t* zero_point = s.zero_point;
+    if (p.codes) {
+      codes = p.codes + row * kp;
+      scale = p.x_scale + row;
+      zero_point = p.x_zero_point + row;
+    } else {
+      quantize_rows((const char*)p.x + row * p.x_stride * element_size(p.dtype), p.dtype, p.x_stride, rows, p.k,
+                    s.codes, kp, s.scale, s.zero_point);
+    }
+    if (p.weight_zero_point && p.k <= kExactDepth) {
+      for (int64_t r = 0; r < rows; ++r) s.sum[r] = (int32_t)(code_sum(codes + r * kp, p.k) - p.k * zero_point[r]);
+    }
+    const Code* a = code_rows(codes, rows * kp, (Code*)s.wide, (const Code*)nullptr);
+    linear_block(p, row, rows, col_begin, col_end, s, a, codes, scale, zero_point, finish);
+  }
+  end_product();
+}
+
+}  // namespace
