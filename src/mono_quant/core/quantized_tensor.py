@@ -146,7 +146,7 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Answer the real values, computed in float32 and rounded to ``dtype``."""
         if self.axis is None:
-            return self._values(self.codes, self.scale, self.zero_point).to(dtype)
+            return self._values(self.codes, self.scale, self.zero_point, dtype)
         rows = self.codes.movedim(self.axis, 0)
         result = torch.empty(rows.shape, dtype=dtype, device=rows.device)
         for chunk in row_chunks(rows.shape[0], rows[:1].numel()):
@@ -154,16 +154,36 @@ class QuantizedTensor:
             if self.group_size is not None:
                 codes = torch.unflatten(codes, 1, (-1, self.group_size))
             zero_point = None if self.zero_point is None else self.zero_point[chunk].unsqueeze(-1)
-            values = self._values(codes, self.scale[chunk].unsqueeze(-1), zero_point)
+            values = self._values(codes, self.scale[chunk].unsqueeze(-1), zero_point, dtype)
             result[chunk] = values.reshape(rows[chunk].shape)
         return result.movedim(0, self.axis)
 
+    def error_energy(self, original: Tensor) -> tuple[float, float]:
+        """Answer the sum of squares of ``original`` and of what quantizing it changed.
+
+        Args:
+            original: Floating point, of the same shape.
+        """
+        axis = self.axis or 0
+        signal = noise = 0.0
+        rows, codes = original.detach().movedim(axis, 0), self.codes.movedim(axis, 0)
+        for chunk in row_chunks(rows.shape[0], rows[:1].numel()):
+            scale = self.scale if self.axis is None else self.scale[chunk]
+            zero_point = self.zero_point if self.zero_point is None or self.axis is None else self.zero_point[chunk]
+            part = QuantizedTensor(codes[chunk], scale, zero_point, None if self.axis is None else 0, self.group_size)
+            exact = rows[chunk].float()
+            signal += float(exact.square().sum())
+            noise += float(part.dequantize().sub_(exact).square_().sum())
+        return signal, noise
+
     @staticmethod
-    def _values(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    def _values(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
         values = codes.float()
         if zero_point is not None:
             values -= zero_point
-        return values.mul_(scale)
+        # The outermost code may stand for a value half a scale beyond the largest weight, and so beyond the dtype.
+        largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        return values.mul_(scale).clamp_(-largest, largest).to(dtype)
 
     def __repr__(self) -> str:
         granularity = "per tensor" if self.axis is None else f"axis={self.axis}"

@@ -89,6 +89,7 @@ def quantize_weight_int8_per_tensor(weight: Tensor, symmetric: bool = False) -> 
     The layers compute with one scale per output channel; this repeats the one scale, so that the same kernels serve.
     """
     weight = require_float_tensor(weight)
+    normalize_axis(0, weight.dim())
     if weight.numel() == 0:
         return quantize_weight_int8(weight, symmetric)
     low, high = torch.aminmax(weight.detach())
@@ -163,7 +164,8 @@ def quantize_weight_fp16(weight: Tensor) -> Tensor:
         QuantizationError: It holds NaN or infinite values, or values beyond float16's 65,504.
     """
     weight = require_float_tensor(weight)
-    half = weight.detach().to(torch.float16)
+    # Never the storage of the original, which its owner may write to.
+    half = weight.detach().to(torch.float16, copy=True)
     if not bool(torch.isfinite(half).all()):
         raise QuantizationError(
             "the weight holds NaN, infinite values or values beyond 65,504, the largest float16",

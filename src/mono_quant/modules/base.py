@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mono_quant.core.layer_scheme import FLOAT16, LayerScheme
 from mono_quant.core.quantized_tensor import QuantizedTensor
@@ -15,7 +16,7 @@ from mono_quant.core.quantizers import (
     quantize_weight_int8,
     quantize_weight_int8_per_tensor,
 )
-from mono_quant.errors import InputTypeError
+from mono_quant.errors import InputTypeError, QuantizationError
 
 
 class QuantizedModule(nn.Module):
@@ -75,6 +76,11 @@ class QuantizedModule(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def unsupported_reason(cls, module: nn.Module) -> str | None:
+        """Answer why this class cannot stand in for one particular ``module``, or ``None`` if it can."""
+        return None
+
+    @classmethod
     def from_float(
         cls, module: nn.Module, scheme: LayerScheme, quantized: QuantizedTensor | Tensor | None = None
     ) -> Self:
@@ -87,11 +93,13 @@ class QuantizedModule(nn.Module):
 
         Raises:
             InputTypeError: ``module`` is of another type.
-            QuantizationError: Its weight is not finite.
+            QuantizationError: Its weight is not finite, or :meth:`unsupported_reason` has an objection.
             ConfigurationError: The scheme does not fit the weight's shape.
         """
-        if not isinstance(module, cls.float_type):
-            raise InputTypeError(f"{cls.__name__} replaces {cls.float_type.__name__}, found {type(module).__name__}")
+        cls._require_float_type(module)
+        reason = cls.unsupported_reason(module)
+        if reason is not None:
+            raise QuantizationError(f"{type(module).__name__} cannot be quantized: {reason}")
         layer = cls.like(module, scheme)
         bias = getattr(module, "bias", None)
         layer.set_tensor("bias", None if bias is None else bias.detach().clone())
@@ -100,9 +108,32 @@ class QuantizedModule(nn.Module):
         return layer
 
     @classmethod
+    def _require_float_type(cls, module: nn.Module) -> None:
+        if not isinstance(module, cls.float_type):
+            raise InputTypeError(f"{cls.__name__} replaces {cls.float_type.__name__}, found {type(module).__name__}")
+
+    @classmethod
+    def unsupported_reason(cls, module: nn.Module) -> str | None:
+        """Say why this class cannot stand in for ``module`` although the type fits; ``None`` if it can."""
+        if isinstance(module, QuantizedModule):
+            return "it is quantized already"
+        if is_lazy(module._parameters.get("weight")):
+            return "its weight is not initialised yet: run the model once"
+        return None
+
+    @classmethod
     def quantize_weight(cls, module: nn.Module, scheme: LayerScheme) -> QuantizedTensor | Tensor:
         """Answer the weight of a float layer as ``scheme`` stores it."""
         return quantize_by_scheme(cls.stored_weight(module), scheme)
+
+    @classmethod
+    def weight_error(cls, module: nn.Module, quantized: QuantizedTensor | Tensor) -> tuple[float, float]:
+        """Answer the sum of squares of a float layer's weight and of what quantizing it changed."""
+        weight = cls.stored_weight(module)
+        if isinstance(quantized, QuantizedTensor):
+            return quantized.error_energy(weight.flatten(1) if quantized.dim() < weight.dim() else weight)
+        exact = weight.float()
+        return float(exact.square().sum()), float((quantized.float() - exact).square_().sum())
 
     @classmethod
     def stored_weight(cls, module: nn.Module) -> Tensor:
@@ -172,7 +203,7 @@ class QuantizedModule(nn.Module):
                 "load float weights before quantizing the model."
             )
             return
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 

@@ -1,0 +1,34 @@
+"""The public calls: quantize a model, take a quantization back, and what they answer."""
+
+from mono_quant.api.options import Selector, Selectors
+from mono_quant.api.quantize import dynamic_quantize, quantize
+from mono_quant.api.result import QuantizationResult
+from mono_quant.api.revert import dequantize_model, revert_to_standard_modules
+from mono_quant.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigurationError,
+    InputError,
+    InputTypeError,
+    MonoQuantError,
+    QuantizationError,
+    ValidationError,
+)
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigurationError",
+    "InputError",
+    "InputTypeError",
+    "MonoQuantError",
+    "QuantizationError",
+    "QuantizationResult",
+    "Selector",
+    "Selectors",
+    "ValidationError",
+    "dequantize_model",
+    "dynamic_quantize",
+    "quantize",
+    "revert_to_standard_modules",
+]
