@@ -1,0 +1,38 @@
+"""What every test shares: how many examples hypothesis tries, the backends, and a fixed seed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from mono_quant import ops
+
+# Derandomized, so that a change is judged by the same examples as its parent; "search" looks for new ones.
+_COMMON = {
+    "deadline": None,
+    "suppress_health_check": [
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        # A backend is chosen once for a test and stays the same for all its examples.
+        HealthCheck.function_scoped_fixture,
+    ],
+}
+settings.register_profile("ci", derandomize=True, database=None, max_examples=25, **_COMMON)
+settings.register_profile("search", max_examples=500, print_blob=True, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(20240229)
+
+
+@pytest.fixture(params=ops.available_backends())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on each backend that this machine has."""
+    with ops.use_backend(request.param):
+        yield request.param
