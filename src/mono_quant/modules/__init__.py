@@ -2,17 +2,44 @@
 
 from mono_quant import ops as ops  # registers the operators that the layers call
 from mono_quant.modules.base import QuantizedModule
+from mono_quant.modules.conv import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    quantize_conv1d_module,
+    quantize_conv2d_module,
+    quantize_conv3d_module,
+)
+from mono_quant.modules.embedding import (
+    QuantizedEmbedding,
+    QuantizedEmbeddingBag,
+    quantize_embedding_bag_module,
+    quantize_embedding_module,
+)
 from mono_quant.modules.linear import QuantizedLinear, quantize_linear_module
 from mono_quant.modules.registry import counterpart, counterpart_for_scheme, register
+from mono_quant.modules.transformer import disable_fused_path, restore_fused_path
 from mono_quant.modules.weight_only import WeightOnlyLinear, quantize_linear_module_int4
 
 __all__ = [
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
     "QuantizedLinear",
     "QuantizedModule",
     "WeightOnlyLinear",
     "counterpart",
     "counterpart_for_scheme",
+    "disable_fused_path",
+    "quantize_conv1d_module",
+    "quantize_conv2d_module",
+    "quantize_conv3d_module",
+    "quantize_embedding_bag_module",
+    "quantize_embedding_module",
     "quantize_linear_module",
     "quantize_linear_module_int4",
     "register",
+    "restore_fused_path",
 ]

@@ -76,11 +76,6 @@ class QuantizedModule(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def unsupported_reason(cls, module: nn.Module) -> str | None:
-        """Answer why this class cannot stand in for one particular ``module``, or ``None`` if it can."""
-        return None
-
-    @classmethod
     def from_float(
         cls, module: nn.Module, scheme: LayerScheme, quantized: QuantizedTensor | Tensor | None = None
     ) -> Self:
@@ -117,7 +112,7 @@ class QuantizedModule(nn.Module):
         """Say why this class cannot stand in for ``module`` although the type fits; ``None`` if it can."""
         if isinstance(module, QuantizedModule):
             return "it is quantized already"
-        if is_lazy(module._parameters.get("weight")):
+        if is_lazy(getattr(module, "weight", None)):  # type: ignore[arg-type]
             return "its weight is not initialised yet: run the model once"
         return None
 

@@ -6,6 +6,8 @@ from torch import nn
 
 from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
 from mono_quant.modules.base import QuantizedModule
+from mono_quant.modules.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
+from mono_quant.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from mono_quant.modules.linear import QuantizedLinear
 from mono_quant.modules.weight_only import WeightOnlyLinear
 
@@ -48,3 +50,8 @@ def registered_types() -> tuple[type[nn.Module], ...]:
 
 
 register(nn.Linear, QuantizedLinear)
+register(nn.Conv1d, QuantizedConv1d)
+register(nn.Conv2d, QuantizedConv2d)
+register(nn.Conv3d, QuantizedConv3d)
+register(nn.Embedding, QuantizedEmbedding)
+register(nn.EmbeddingBag, QuantizedEmbeddingBag)

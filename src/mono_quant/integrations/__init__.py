@@ -1,0 +1,5 @@
+"""Layers and file layouts of other ecosystems; each library is imported only when it is used."""
+
+from mono_quant.integrations.conv1d import QuantizedConv1D
+
+__all__ = ["QuantizedConv1D"]
