@@ -10,7 +10,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py src/mono_quant/_version.py $(wildcard csrc/*)
 CHECKED := src tests benchmarks examples setup.py
-TYPED := src benchmarks examples
 
 # Models come from installed packages: nothing may be fetched while something runs.
 export HF_HUB_OFFLINE := 1
@@ -19,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types imports unit format sanitize bench report clean
+.PHONY: help demo test lint types imports unit format sanitize peers bench report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,7 +50,7 @@ lint: $(VENV)/.dev ## formatting and lint
 	$(BIN)/ruff check $(CHECKED)
 
 types: $(VENV)/.dev ## mypy, strict
-	$(BIN)/mypy $(TYPED)
+	$(BIN)/mypy
 
 imports: $(VENV)/.dev ## imports point one way
 	$(BIN)/lint-imports
@@ -65,6 +64,10 @@ format: $(VENV)/.dev ## format and fix what can be fixed by itself
 
 sanitize: $(VENV)/.dev ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh
+
+# The peers are large; an engine that is not installed is left out of the tables.
+peers: $(VENV)/.dev ## install the engines that the benchmarks compare with
+	MONO_QUANT_BUILD=require $(PIP) install -q --no-build-isolation -c constraints.txt -e '.[bench]'
 
 bench: $(VENV)/.dev ## measure models and layers, keep the results, fill in the README's tables
 	$(BIN)/python -m benchmarks.models
