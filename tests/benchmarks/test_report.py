@@ -1,0 +1,90 @@
+"""The README shows the kept results and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, results
+
+ENVIRONMENT = {
+    "processor": "A Processor",
+    "instruction_sets": ["avx2"],
+    "cores": 2,
+    "threads": 2,
+    "system": "Linux x86_64",
+    "python": "3.11.0",
+    "versions": {"torch": "2.13.0"},
+    "backend": "native",
+    "kernels": "avx2",
+    "date": "2026-01-02",
+}
+TIMING = {"median": 0.002, "low": 0.001, "high": 0.003, "calls": 9, "ratio": 0.5}
+MODELS = {
+    "format": results.FORMAT,
+    "environment": ENVIRONMENT,
+    "sentences": 512,
+    "engines": [
+        {
+            "name": "some engine",
+            "disk_bytes": 23_000_000,
+            "accuracy": {"mean_cosine": 0.99, "lowest_cosine": 0.9, "neighbours": 0.96},
+            "latency": {"8x64": TIMING},
+        }
+    ],
+    "skipped": {"other": "cannot be imported: no module"},
+    "quantization": {"copy": {"cpu_seconds": 0.5}, "inplace": {"cpu_seconds": 0.4, "peak_ratio": 1.05}},
+}
+LINEAR = {
+    "format": results.FORMAT,
+    "environment": ENVIRONMENT,
+    "shapes": [{"rows": 1, "inputs": 2, "outputs": 3, "engines": {"torch float32": TIMING}}],
+}
+
+
+def test_the_readme_shows_the_kept_results() -> None:
+    text = report.README.read_text(encoding="utf-8")
+    assert report.fill(text) == text, "run python -m benchmarks.report"
+
+
+def test_a_table_names_processor_date_and_versions() -> None:
+    for table in (report.models_table(MODELS), report.linear_table(LINEAR)):
+        assert "Measured on 2026-01-02: A Processor, 2 cores (avx2)" in table
+        assert "torch 2.13.0" in table
+
+
+def test_the_models_table_has_latency_ratio_accuracy_size_and_what_was_left_out() -> None:
+    table = report.models_table(MODELS)
+    assert "| some engine | 2.0 (0.50) | 0.960 | 0.9900 | 23.0 |" in table
+    assert "Left out: other cannot be imported: no module." in table
+    assert "Quantizing in place takes 0.40 s of CPU time, at most 1.05 times the model's bytes resident." in table
+    assert "Quantizing a copy takes 0.50 s of CPU time." in table
+
+
+def test_the_linear_table_has_a_row_for_each_shape() -> None:
+    assert "| 1, 2, 3 | 2000 (0.50) |" in report.linear_table(LINEAR)
+
+
+def test_filling_replaces_only_the_blocks(tmp_path: Path) -> None:
+    results.write(MODELS, tmp_path / "models.json")
+    text = "before\n<!-- results:models -->\nold\n<!-- /results:models -->\nbetween\n"
+    text += "<!-- results:linear -->\n<!-- /results:linear -->\nafter\n"
+    filled = report.fill(text, tmp_path)
+    assert filled.startswith("before\n<!-- results:models -->\n| all-MiniLM-L6-v2 |")
+    assert filled.endswith(
+        f"between\n<!-- results:linear -->\n{report.NOT_MEASURED}\n<!-- /results:linear -->\nafter\n"
+    )
+    assert report.fill(filled, tmp_path) == filled
+
+
+def test_a_missing_block_is_named() -> None:
+    with pytest.raises(ValueError, match="results:models"):
+        report.fill("a text without blocks")
+
+
+def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "models.json"
+    results.write({"format": results.FORMAT + 1}, path)
+    with pytest.raises(ValueError, match="measure again"):
+        results.read(path)
