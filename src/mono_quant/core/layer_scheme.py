@@ -33,13 +33,19 @@ class LayerScheme:
     per_channel: bool = True
 
     def __post_init__(self) -> None:
+        # The values may come from a file, so their types are no more certain than their ranges.
         allowed = {INT8_DYNAMIC: (8,), WEIGHT_ONLY: (4, 8), FLOAT16: (16,)}
-        if self.kind not in allowed:
+        if self.kind not in KINDS:
             raise ConfigurationError(f"scheme kind {self.kind!r} is not one of {', '.join(KINDS)}")
         if self.bits not in allowed[self.kind]:
             raise ConfigurationError(f"a {self.kind} layer cannot have {self.bits} bits; expected {allowed[self.kind]}")
         if self.group_size is not None and self.kind != WEIGHT_ONLY:
             raise ConfigurationError(f"group_size belongs to {WEIGHT_ONLY} layers, found it with {self.kind}")
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
+            raise ConfigurationError(f"group_size={self.group_size!r} is not a positive integer")
+        for name in ("symmetric", "per_channel"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigurationError(f"{name}={getattr(self, name)!r} of a scheme is neither True nor False")
 
     def to_dict(self) -> dict[str, Any]:
         """Answer the scheme as plain values for a checkpoint's header."""

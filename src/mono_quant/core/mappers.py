@@ -197,7 +197,7 @@ def calculate_scale_zp_groupwise(
 
     Raises:
         ConfigurationError: ``group_size`` does not divide the length, or ``dtype`` or ``bits`` is not one of these.
-        InputTypeError, InputError, QuantizationError: As the function per channel.
+        InputTypeError, InputError, QuantizationError: As the function per channel; also for a vector.
     """
     tensor = require_float_tensor(tensor).detach()
     axis = normalize_axis(axis, tensor.dim())
@@ -207,6 +207,8 @@ def calculate_scale_zp_groupwise(
         raise ConfigurationError(f"group-wise codes are signed integers; expected torch.qint8, found {dtype}")
     if bits not in (4, 8):
         raise ConfigurationError(f"bits={bits} is not a group-wise width; expected 4 or 8")
+    if tensor.dim() < 2:
+        raise InputError(f"groups are cut out of each output channel; expected two dimensions, found {tensor.dim()}")
     groups = split_groups(tensor.movedim(axis, 0).flatten(1), group_size)
     if groups.numel() == 0:
         low = high = torch.zeros(groups.shape[:2], device=tensor.device)
