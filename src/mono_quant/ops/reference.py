@@ -6,6 +6,7 @@ which holds every sum of 8-bit products exactly (up to 2**53), so one formula se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,14 +16,29 @@ from torch import Tensor
 from mono_quant.core.mappers import SMALLEST_SCALE
 from mono_quant.core.packing import pack_tiles, unpack_int32, unpack_tiles
 from mono_quant.core.quantized_tensor import row_chunks
-from mono_quant.errors import ConfigurationError
+from mono_quant.errors import ConfigurationError, InputError
 
+
+def _gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (torch.erf(x * math.sqrt(0.5)) + 1)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return x * 0.5 * (torch.tanh((x + 0.044715 * x * x * x) * math.sqrt(2 / math.pi)) + 1)
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x / (torch.exp(-x) + 1)
+
+
+# Not torch.nn.functional's: those round the last elements of a block differently from the others, so that a row's
+# result would depend on the rows around it and on the number of threads. erf, tanh and exp do not.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
 }
 
 
@@ -36,6 +52,17 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
         return ACTIVATIONS[name]
     except KeyError:
         raise ConfigurationError(f"activation {name!r} is not one of {', '.join(ACTIVATIONS)}") from None
+
+
+def flatten_rows(x: Tensor, in_features: int) -> Tensor:
+    """Answer ``x`` as ``[rows, in_features]``.
+
+    Raises:
+        InputError: The rows of ``x`` have another length, which reshaping might not notice.
+    """
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise InputError(f"the input has shape {tuple(x.shape)}, the weight expects rows of {in_features} features")
+    return x.reshape(x.shape[:-1].numel(), in_features)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +114,7 @@ def linear_dynamic(
         ``[..., N]`` in the dtype of ``x``.
     """
     activate = activation_function(activation)
-    codes, scale, zero_point = quantize_rows(x)
+    codes, scale, zero_point = quantize_rows(flatten_rows(x, weight.shape[1]))
     centred = codes.double() - zero_point.unsqueeze(-1)
     weight_codes = weight.double()
     if weight_zero_point is not None:
@@ -96,7 +123,7 @@ def linear_dynamic(
     out = total.float() * scale.unsqueeze(-1) * weight_scale.reshape(-1)
     if bias is not None:
         out = out + bias.float()
-    return activate(out).to(x.dtype)
+    return activate(out).to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -219,7 +246,7 @@ def linear_weight_only(
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
-    rows = x.reshape(-1, in_features).float()
+    rows = flatten_rows(x, in_features).float()
     out = torch.empty(rows.shape[0], weight_packed.shape[0], dtype=x.dtype, device=x.device)
     # A block of output channels at a time: the whole weight in float would cost what quantizing saved.
     for block in row_chunks(weight_packed.shape[0], in_features):
@@ -228,7 +255,7 @@ def linear_weight_only(
             codes -= weight_zero_point[block].unsqueeze(-1)
         values = codes.mul_(weight_scale[block].unsqueeze(-1)).flatten(1)
         out[:, block] = F.linear(rows, values, None if bias is None else bias[block].float())
-    return out.reshape(*x.shape[:-1], -1) if out.numel() else x.new_empty(*x.shape[:-1], weight_packed.shape[0])
+    return out.reshape(*x.shape[:-1], weight_packed.shape[0])
 
 
 def linear_half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -242,7 +269,7 @@ def linear_half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
-    rows = x.reshape(-1, weight.shape[1]).float()
+    rows = flatten_rows(x, weight.shape[1]).float()
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     for block in row_chunks(weight.shape[0], weight.shape[1]):
         out[:, block] = F.linear(rows, weight[block].float(), None if bias is None else bias[block].float())

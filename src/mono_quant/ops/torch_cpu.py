@@ -36,7 +36,10 @@ def integer_products_are_exact() -> bool:
 
 
 class _DerivedTensors:
-    """Tensors computed once from a weight and kept as long as the weight lives and is not written to."""
+    """Tensors computed once from a weight and kept as long as the weight lives and is not written to.
+
+    A write through ``weight.data`` or through memory shared with NumPy is counted nowhere and cannot be seen.
+    """
 
     def __init__(self, compute: Callable[..., Tensor]) -> None:
         self._compute = compute
@@ -44,8 +47,10 @@ class _DerivedTensors:
         self._lock = Lock()
 
     def get(self, weight: Tensor, *details: object) -> Tensor:
-        # Inference tensors count no versions, and cannot be written to outside inference mode.
-        key = (0 if weight.is_inference() else weight._version, weight.data_ptr(), *details)
+        if weight.is_inference():
+            # Inference tensors count no versions, so a write to one would go unnoticed.
+            return self._compute(weight, *details)
+        key = (weight._version, weight.data_ptr(), *details)
         with self._lock:
             entry = self._entries.get(weight)
             if entry is None or entry[0] != key:
@@ -111,7 +116,7 @@ def linear_dynamic(
     if x.numel() == 0 or weight.numel() == 0 or not integer_products_are_exact():
         return reference.linear_dynamic(x, weight, weight_scale, weight_zero_point, bias, activation)
     activate = reference.activation_function(activation)
-    rows = x.reshape(-1, in_features)
+    rows = reference.flatten_rows(x, in_features)
     out = torch.empty(rows.shape[0], out_features, dtype=x.dtype)
     column_scale = weight_scale.reshape(-1)
     float_bias = None if bias is None else bias.float()
