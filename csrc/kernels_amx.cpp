@@ -13,6 +13,7 @@
 namespace {
 
 using Code = uint8_t;
+constexpr int64_t kFloatRows = 6;
 constexpr int64_t kTileRows = 32;
 constexpr int64_t kTileCols = 64;
 // Tiles come in sixteen rows: two even halves of 48 rows would each fill two.
@@ -111,6 +112,7 @@ void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int
 }  // namespace
 
 #include "linear.inl"
+#include "float_linear.inl"
 
 namespace mono_quant {
 
@@ -121,7 +123,8 @@ const KernelTable kAmxEmulatedKernels = {
 const KernelTable kAmxKernels = {
     "amx",
 #endif
-    1000e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear, nullptr, nullptr, embedding,
+    1000e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
+    float_linear_scratch_bytes, float_linear, embedding,
 };
 
 }  // namespace mono_quant

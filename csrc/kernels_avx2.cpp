@@ -14,6 +14,7 @@ namespace {
 using Code = int16_t;
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kTileCols = 16;
+constexpr int64_t kFloatRows = 3;
 constexpr bool kEvenTiles = true;
 
 inline void begin_product() {}
@@ -98,11 +99,13 @@ void pack_panel(const int8_t* weight, int64_t n, int64_t k, int64_t panel, int8_
 }  // namespace
 
 #include "linear.inl"
+#include "float_linear.inl"
 
 namespace mono_quant {
 
 const KernelTable kAvx2Kernels = {
-    "avx2", 80e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear, nullptr, nullptr, embedding,
+    "avx2", 80e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
+    float_linear_scratch_bytes, float_linear, embedding,
 };
 
 }  // namespace mono_quant

@@ -12,6 +12,7 @@ namespace {
 using Code = uint8_t;
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kTileCols = 64;
+constexpr int64_t kFloatRows = 6;
 constexpr bool kEvenTiles = true;
 
 inline void begin_product() {}
@@ -31,11 +32,13 @@ inline void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t*
 }  // namespace
 
 #include "linear.inl"
+#include "float_linear.inl"
 
 namespace mono_quant {
 
 const KernelTable kAvx512VnniKernels = {
-    "avx512vnni", 180e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear, nullptr, nullptr, embedding,
+    "avx512vnni", 180e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
+    float_linear_scratch_bytes, float_linear, embedding,
 };
 
 }  // namespace mono_quant

@@ -12,6 +12,7 @@ namespace {
 using Code = int16_t;
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileCols = 16;
+constexpr int64_t kFloatRows = 3;
 constexpr bool kEvenTiles = true;
 constexpr int64_t kDepthBlock = 256;
 
@@ -63,11 +64,13 @@ void pack_panel(const int8_t* weight, int64_t n, int64_t k, int64_t panel, int8_
 }  // namespace
 
 #include "linear.inl"
+#include "float_linear.inl"
 
 namespace mono_quant {
 
 const KernelTable kGenericKernels = {
-    "generic", 15e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear, nullptr, nullptr, embedding,
+    "generic", 15e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
+    float_linear_scratch_bytes, float_linear, embedding,
 };
 
 }  // namespace mono_quant

@@ -105,4 +105,30 @@ inline void transpose8(__m256i r[8]) {
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
+// Up to 8 dwords of each of up to 8 rows, one lane per row; what is missing reads as zero. `bytes` counts from p.
+inline void load_transposed(const char* p, int64_t stride, int64_t rows, int64_t bytes, I32 out[8]) {
+  for (int r = 0; r < 8; ++r) {
+    if (r >= rows) {
+      out[r] = _mm256_setzero_si256();
+    } else if (bytes >= 32) {
+      out[r] = _mm256_loadu_si256((const __m256i*)(p + r * stride));
+    } else {
+      alignas(32) char last[32] = {0};
+      memcpy(last, p + r * stride, (size_t)bytes);
+      out[r] = _mm256_load_si256((const __m256i*)last);
+    }
+  }
+  transpose8(out);
+}
+
+template <int kBits>
+inline I32 shift_right(I32 a) { return _mm256_srli_epi32(a, kBits); }
+inline I32 exclusive_or(I32 a, I32 b) { return _mm256_xor_si256(a, b); }
+inline I32 low_byte(I32 a) { return _mm256_srai_epi32(_mm256_slli_epi32(a, 24), 24); }
+// The low four bits, less 8.
+inline F32 low_nibble(I32 a) {
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(a, _mm256_set1_epi32(15)), _mm256_set1_epi32(8)));
+}
+inline F32 low_half(I32 a) { return _mm256_cvtph_ps(narrow16(_mm256_and_si256(a, _mm256_set1_epi32(0xffff)))); }
+
 }  // namespace

@@ -101,4 +101,25 @@ inline void transpose16(__m512i r[16]) {
   }
 }
 
+// Up to 16 dwords of each of up to 16 rows, one lane per row; what is missing reads as zero. `bytes` counts from p.
+inline void load_transposed(const char* p, int64_t stride, int64_t rows, int64_t bytes, I32 out[16]) {
+  const __mmask64 mask = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) {
+    out[r] = r < rows ? _mm512_maskz_loadu_epi8(mask, p + r * stride) : _mm512_setzero_si512();
+  }
+  transpose16(out);
+}
+
+template <int kBits>
+inline I32 shift_right(I32 a) { return _mm512_srli_epi32(a, kBits); }
+inline I32 exclusive_or(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
+inline I32 low_byte(I32 a) { return _mm512_srai_epi32(_mm512_slli_epi32(a, 24), 24); }
+// The low four bits, less 8, by table: the permutation looks at no higher bits.
+inline F32 low_nibble(I32 a) {
+  const F32 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm512_permutexvar_ps(a, table);
+}
+inline F32 low_half(I32 a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
+
 }  // namespace

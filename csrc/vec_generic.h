@@ -93,4 +93,23 @@ inline void store_codes4(uint8_t* p, I32 a, I32 b, I32 c, I32 d) {
   store_codes(p + 12, d);
 }
 
+// Up to 4 dwords of each of up to 4 rows, one lane per row; what is missing reads as zero. `bytes` counts from p.
+inline void load_transposed(const char* p, int64_t stride, int64_t rows, int64_t bytes, I32 out[4]) {
+  int32_t in[4][4];
+  memset(in, 0, sizeof(in));
+  for (int64_t r = 0; r < 4 && r < rows; ++r) memcpy(in[r], p + r * stride, (size_t)(bytes < 16 ? bytes : 16));
+  for (int i = 0; i < 4; ++i) out[i] = I32{in[0][i], in[1][i], in[2][i], in[3][i]};
+}
+
+template <int kBits>
+inline I32 shift_right(I32 a) { return (I32)((U32)a >> kBits); }
+inline I32 exclusive_or(I32 a, I32 b) { return a ^ b; }
+inline I32 low_byte(I32 a) { return (I32)((U32)a << 24) >> 24; }
+// The low four bits, less 8.
+inline F32 low_nibble(I32 a) { return to_f32((a & 15) - 8); }
+inline F32 low_half(I32 a) {
+  return F32{half_to_float((uint16_t)a[0]), half_to_float((uint16_t)a[1]), half_to_float((uint16_t)a[2]),
+             half_to_float((uint16_t)a[3])};
+}
+
 }  // namespace

@@ -33,6 +33,8 @@ _OPERATORS = frozenset(
         "unpack_weight",
         "linear_dynamic_packed",
         "embedding",
+        "linear_weight_only",
+        "linear_half",
     }
 )
 
