@@ -38,6 +38,7 @@ class Options:
     lenient_include: tuple[Selector, ...] = ()
     min_parameters: int = 0
     compute_dtype: torch.dtype | None = None
+    fuse_activations: bool = True
     inplace: bool = False
     run_validation: bool = True
     on_failure: str = "error"

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress as ProgressBar
 from torch import Tensor, nn
 
+from mono_quant import integrations as integrations  # registers layers of other libraries
 from mono_quant.api.options import Options, Selectors, resolve_options
 from mono_quant.api.replace import Progress, Replacements, cast_rest, decibels, quantize_copy, quantize_inplace
 from mono_quant.api.result import QuantizationResult
@@ -24,6 +25,7 @@ from mono_quant.core.quantization_info import QuantizationInfo
 from mono_quant.errors import ConfigurationError, InputError, InputTypeError, QuantizationError, ValidationError
 from mono_quant.io import load_source
 from mono_quant.modules import disable_fused_path
+from mono_quant.modules import fuse_activations as fuse_activation_modules
 from mono_quant.report import model_bytes
 
 Model = nn.Module | Mapping[str, Tensor] | str | Path
@@ -42,6 +44,7 @@ def quantize(
     min_parameters: int = 0,
     group_size: int | None = None,
     compute_dtype: torch.dtype | None = None,
+    fuse_activations: bool = True,
     inplace: bool = False,
     progress: Progress | None = None,
     run_validation: bool = True,
@@ -85,6 +88,8 @@ def quantize(
             divides a layer's inputs; with ``bits=8`` it asks for weight-only int8.
         compute_dtype: Cast what stays in float, for example to ``torch.bfloat16``; floating-point inputs of the
             model must then have that dtype.
+        fuse_activations: Let an int8 linear layer compute the ReLU, GELU or SiLU module that follows it, where it is
+            certain that nothing else reads its output.
         inplace: Quantize ``model`` itself, freeing each float weight as soon as it is replaced.
         progress: Called after each layer with the number done, the number in all and the layer's name.
         run_validation: Measure the error of each weight, for ``info`` and for the two thresholds.
@@ -116,12 +121,13 @@ def quantize(
     _require_dynamic(dynamic, calibration_data, num_calibration_samples)
     options = resolve_options(
         bits=bits, scheme=scheme, include=include, skip=skip, min_parameters=min_parameters, group_size=group_size,
-        compute_dtype=compute_dtype, inplace=inplace, run_validation=run_validation, on_failure=on_failure,
-        accuracy_warning=accuracy_warning, sqnr_warning_threshold=sqnr_warning_threshold,
-        sqnr_error_threshold=sqnr_error_threshold, dtype=dtype, symmetric=symmetric, per_channel=per_channel,
-        config=config, layer_names=layer_names, layer_types=layer_types, skip_names=skip_names,
-        skip_types=skip_types, skip_layer_names=skip_layer_names, skip_layer_types=skip_layer_types,
-        modules_to_not_convert=modules_to_not_convert, skip_param_threshold=skip_param_threshold,
+        compute_dtype=compute_dtype, fuse_activations=fuse_activations, inplace=inplace,
+        run_validation=run_validation, on_failure=on_failure, accuracy_warning=accuracy_warning,
+        sqnr_warning_threshold=sqnr_warning_threshold, sqnr_error_threshold=sqnr_error_threshold, dtype=dtype,
+        symmetric=symmetric, per_channel=per_channel, config=config, layer_names=layer_names,
+        layer_types=layer_types, skip_names=skip_names, skip_types=skip_types, skip_layer_names=skip_layer_names,
+        skip_layer_types=skip_layer_types, modules_to_not_convert=modules_to_not_convert,
+        skip_param_threshold=skip_param_threshold,
     )  # fmt: skip
     source = load_source(model) if isinstance(model, str | Path) else model
     with _progress(progress, show_progress) as report:
@@ -206,6 +212,8 @@ def _run_module(
     quantized = replace(model, selection.chosen, replacements, options.run_validation, progress)
     if options.compute_dtype is not None:
         cast_rest(quantized, options.compute_dtype)
+    if options.fuse_activations:
+        fuse_activation_modules(quantized)
     for name in disable_fused_path(quantized):
         selection.warnings.append(f"{name or 'the model'}: PyTorch's fused float path is off, or it would run instead")
     if model.training:

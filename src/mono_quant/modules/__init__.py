@@ -16,12 +16,22 @@ from mono_quant.modules.embedding import (
     quantize_embedding_bag_module,
     quantize_embedding_module,
 )
+from mono_quant.modules.fusion import (
+    FusedActivation,
+    fuse_activations,
+    fuse_pair,
+    fused_pairs,
+    restore_activations,
+)
 from mono_quant.modules.linear import QuantizedLinear, quantize_linear_module
+from mono_quant.modules.packed import PackedWeight, mark_shared
 from mono_quant.modules.registry import counterpart, counterpart_for_scheme, register
 from mono_quant.modules.transformer import disable_fused_path, restore_fused_path
 from mono_quant.modules.weight_only import WeightOnlyLinear, quantize_linear_module_int4
 
 __all__ = [
+    "FusedActivation",
+    "PackedWeight",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedConv3d",
@@ -33,6 +43,10 @@ __all__ = [
     "counterpart",
     "counterpart_for_scheme",
     "disable_fused_path",
+    "fuse_activations",
+    "fuse_pair",
+    "fused_pairs",
+    "mark_shared",
     "quantize_conv1d_module",
     "quantize_conv2d_module",
     "quantize_conv3d_module",
@@ -41,5 +55,6 @@ __all__ = [
     "quantize_linear_module",
     "quantize_linear_module_int4",
     "register",
+    "restore_activations",
     "restore_fused_path",
 ]

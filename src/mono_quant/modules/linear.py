@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.mappers import QINT8
-from mono_quant.modules.base import QuantizedModule, require_module, scheme_from_dtype
+from mono_quant.modules.base import require_module, scheme_from_dtype
+from mono_quant.modules.packed import PackedWeight
 
 
-class QuantizedLinear(QuantizedModule):
+class QuantizedLinear(PackedWeight):
     """Stands in for :class:`torch.nn.Linear` and multiplies in integers.
 
     Each row of the input is quantized on the fly (asymmetric, 8 bits), multiplied with the int8 weight, and scaled
@@ -30,9 +31,15 @@ class QuantizedLinear(QuantizedModule):
         symmetric: Whether the weight has no zero points.
 
     A layer made this way has a weight of zeros; :meth:`from_linear` takes over the weight of a float layer.
+
+    Attributes:
+        activation: What the layer computes on top: ``none``, ``relu``, ``gelu``, ``gelu_tanh`` or ``silu`` (see
+            :mod:`mono_quant.modules.fusion`).
     """
 
     float_type: ClassVar[type[nn.Module]] = nn.Linear
+
+    activation: str = "none"
 
     def __init__(
         self,
@@ -75,12 +82,21 @@ class QuantizedLinear(QuantizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.weight_scale is None:
-            half: Tensor = torch.ops.mono_quant.linear_half(input, self.codes, self.bias)
+            half: Tensor = torch.ops.mono_quant.linear_half(input, self._buffers["weight"], self.bias)
             return half
-        out: Tensor = torch.ops.mono_quant.linear_dynamic(
-            input, self.codes, self.weight_scale, self.weight_zero_point, self.bias
+        packed = self._packed_weight()
+        if packed is None:
+            plain: Tensor = torch.ops.mono_quant.linear_dynamic(
+                input, self._buffers["weight"], self.weight_scale, self.weight_zero_point, self.bias, self.activation
+            )
+            return plain
+        out: Tensor = torch.ops.mono_quant.linear_dynamic_packed(
+            input, *packed, self.weight_scale, self.weight_zero_point, self.bias, self.out_features, self.activation
         )
         return out
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     def to_float(self) -> nn.Module:
         return build_linear(self.weight, self.bias, self.training)
@@ -88,7 +104,7 @@ class QuantizedLinear(QuantizedModule):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.scheme}"
+            f"{self.scheme}" + ("" if self.activation == "none" else f", then {self.activation}")
         )
 
 

@@ -22,6 +22,7 @@ ENVIRONMENT_VARIABLE = "MONO_QUANT_BACKEND"
 _TORCH: dict[str, Callable[..., Any]] = REFERENCE | {
     "quantize_rows": torch_cpu.quantize_rows,
     "linear_dynamic": torch_cpu.linear_dynamic,
+    "linear_dynamic_packed": torch_cpu.linear_dynamic_packed,
     "conv_dynamic": torch_cpu.conv_dynamic,
 }
 

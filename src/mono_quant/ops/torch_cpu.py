@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mono_quant.core.mappers import SMALLEST_SCALE
+from mono_quant.core.packing import unpack_tiles
 from mono_quant.core.quantized_tensor import row_chunks
 from mono_quant.ops import reference
 
@@ -128,6 +129,22 @@ def linear_dynamic(
             result.add_(float_bias)
         out[block] = activate(result)
     return out.reshape(*x.shape[:-1], out_features)
+
+
+def linear_dynamic_packed(
+    x: Tensor,
+    packed: Tensor,
+    column_sum: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str = "none",
+) -> Tensor:
+    """See :func:`mono_quant.ops.reference.linear_dynamic_packed`; unpacks first, for PyTorch has no such layout."""
+    del column_sum
+    weight = unpack_tiles(packed, out_features, x.shape[-1])
+    return linear_dynamic(x, weight, weight_scale, weight_zero_point, bias, activation)
 
 
 def _integer_product(codes: Tensor, zero_point: Tensor, weight: Tensor, weight_zero_point: Tensor | None) -> Tensor:

@@ -1,0 +1,203 @@
+"""Activations computed inside the linear layer before them, where that is known to be the same function.
+
+A pair is fused when the linear layer's output goes to the activation and nowhere else: directly in an
+``nn.Sequential``, or proven by tracing the parent's ``forward`` symbolically.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Final
+
+from torch import Tensor, fx, nn
+
+from mono_quant.errors import InputError
+from mono_quant.modules.linear import QuantizedLinear
+
+_GELU_BY_APPROXIMATION: Final = {"none": "gelu", "tanh": "gelu_tanh"}
+
+# Activations of optional libraries by qualified name: what they compute, given the module.
+_BY_NAME: dict[str, Callable[[nn.Module], str | None]] = {}
+
+
+class FusedActivation(nn.Module):
+    """Holds the place of an activation that a linear layer computes; hands its input on.
+
+    Attributes:
+        activation: The module that stood here, for the way back.
+        linear: The layer that computes it (in a tuple, so that it is not a child of this module).
+    """
+
+    def __init__(self, activation: nn.Module, linear: QuantizedLinear) -> None:
+        super().__init__()
+        self._kept = (activation, linear)
+
+    @property
+    def activation(self) -> nn.Module:
+        return self._kept[0]
+
+    @property
+    def linear(self) -> QuantizedLinear:
+        return self._kept[1]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+    def extra_repr(self) -> str:
+        return f"{self.activation}, computed by the linear layer before it"
+
+
+def register_activation(qualified_name: str, name_of: Callable[[nn.Module], str | None]) -> None:
+    """Let an activation module of an optional library be fused.
+
+    Args:
+        qualified_name: Its type, such as ``"package.module.Activation"``.
+        name_of: Answers the operators' name of what one module computes, or ``None``.
+    """
+    _BY_NAME[qualified_name] = name_of
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """Answer the operators' name of what ``module`` computes, or ``None`` if they cannot compute it."""
+    if _has_hooks(module):
+        return None
+    kind = type(module)
+    if kind is nn.ReLU:
+        return "relu"
+    if kind is nn.SiLU:
+        return "silu"
+    if kind is nn.GELU:
+        return _GELU_BY_APPROXIMATION.get(str(module.approximate))
+    name_of = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    return None if name_of is None else name_of(module)
+
+
+def fuse_activations(model: nn.Module) -> list[str]:
+    """Fuse every pair of quantized linear layer and activation in ``model`` that is known to be one.
+
+    Returns:
+        The names of the linear layers that compute an activation now.
+    """
+    used = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+    fused = []
+    for parent_name, parent in list(model.named_modules()):
+        for linear, activation in _pairs(parent):
+            if used[id(parent._modules[linear])] == 1:
+                fuse_pair(parent, linear, activation)
+                fused.append(f"{parent_name}.{linear}" if parent_name else linear)
+    return fused
+
+
+def fuse_pair(model: nn.Module, linear_name: str, activation_name_: str) -> None:
+    """Let a quantized linear layer compute the activation that follows it.
+
+    It is the caller who knows that the activation's input is this layer's output and that nothing else reads it.
+
+    Args:
+        model: Holds both, at any depth; changed in place.
+        linear_name: Name of a :class:`QuantizedLinear`.
+        activation_name_: Name of a ReLU, GELU (exact or tanh) or SiLU module.
+
+    Raises:
+        InputError: A name is wrong, the layer already computes an activation, or this one cannot be computed.
+    """
+    linear = _submodule(model, linear_name)
+    activation = _submodule(model, activation_name_)
+    if not isinstance(linear, QuantizedLinear) or linear.weight_scale is None:
+        raise InputError(f"{linear_name!r} is a {type(linear).__name__}; only int8 linear layers compute activations")
+    if linear.activation != "none":
+        raise InputError(f"{linear_name!r} computes {linear.activation} already")
+    name = activation_name(activation)
+    if name is None:
+        raise InputError(
+            f"{activation_name_!r} is a {type(activation).__name__}; expected ReLU, GELU or SiLU without hooks"
+        )
+    linear.activation = name
+    parent = _submodule(model, activation_name_.rpartition(".")[0])
+    parent._modules[activation_name_.rpartition(".")[2]] = FusedActivation(activation, linear)
+
+
+def fused_pairs(model: nn.Module) -> dict[str, str]:
+    """Answer for each fused activation's name that of the linear layer which computes it."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return {
+        name: names[id(module.linear)]
+        for name, module in model.named_modules()
+        if isinstance(module, FusedActivation) and id(module.linear) in names
+    }
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise InputError(f"the model has no module {name!r}: {error}") from None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _fusible(module: nn.Module | None) -> bool:
+    return (
+        isinstance(module, QuantizedLinear)
+        and module.weight_scale is not None
+        and module.activation == "none"
+        and not _has_hooks(module)
+    )
+
+
+def _pairs(parent: nn.Module) -> list[tuple[str, str]]:
+    """Answer the child names of linear layers and the activations that alone read their outputs."""
+    children = parent._modules
+    if not any(_fusible(child) for child in children.values()):
+        return []
+    if not any(child is not None and activation_name(child) for child in children.values()):
+        return []
+    if type(parent) is nn.Sequential:
+        return [(a, b) for a, b in pairwise(children) if _fusible(children[a]) and activation_name(_child(parent, b))]
+    return _traced_pairs(parent)
+
+
+def _child(parent: nn.Module, name: str) -> nn.Module:
+    child = parent._modules[name]
+    return nn.Identity() if child is None else child
+
+
+class _ChildTracer(fx.Tracer):
+    """Traces one module's own ``forward``; whatever it calls is a leaf."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _traced_pairs(parent: nn.Module) -> list[tuple[str, str]]:
+    try:
+        graph = _ChildTracer().trace(parent)
+    except Exception:  # any code may stand in a forward, and what cannot be traced is simply not proven
+        return []
+    pairs = []
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        if node.op != "call_module" or len(node.users) != 1 or calls[node.target] != 1:
+            continue
+        (user,) = node.users
+        if user.op != "call_module" or calls[user.target] != 1 or user.args != (node,) or user.kwargs:
+            continue
+        linear, activation = str(node.target), str(user.target)
+        if "." in linear or "." in activation:
+            continue
+        if _fusible(parent._modules.get(linear)) and activation_name(_child(parent, activation)):
+            pairs.append((linear, activation))
+    return pairs
+
+
+def restore_activations(model: nn.Module) -> None:
+    """Put every fused activation back in its place, in ``model`` itself."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, FusedActivation):
+                child.linear.activation = "none"
+                parent._modules[name] = child.activation

@@ -1,0 +1,132 @@
+"""Weights in the kernels' tiles: made on first use, never saved, and never held beside the plain layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from threading import Lock
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor
+
+from mono_quant.modules.base import QuantizedModule
+from mono_quant.ops import get_backend
+
+_PACKED: Final = ("packed_weight", "column_sum")
+
+# One lock for all layers: packing happens once for each, and a lock of its own would keep a layer from being pickled.
+_lock = Lock()
+
+
+class PackedWeight(QuantizedModule):
+    """A layer with an int8 matrix that moves into the kernels' tiles when it first runs on the native backend.
+
+    While packed, the buffers ``packed_weight`` and ``column_sum`` stand in the place of ``weight``. Reading the
+    weight, the state dict, a copy or another device sees the plain layout, rebuilt for the purpose.
+
+    Attributes:
+        shares_weight: Set where another layer holds the same codes (tied weights); such a layer stays plain, since
+            packing would end the sharing.
+    """
+
+    shares_weight: bool = False
+
+    def _packed_weight(self) -> tuple[Tensor, Tensor] | None:
+        """Answer the tiles and the column sums, packing now if that is due; ``None`` where the layer stays plain."""
+        packed = self._buffers.get("packed_weight")
+        if packed is None:
+            if torch.compiler.is_compiling() or not self._should_pack():
+                return None
+            packed = self._pack()
+        column_sum = self._buffers["column_sum"]
+        assert column_sum is not None
+        return packed, column_sum
+
+    def _should_pack(self) -> bool:
+        codes = self._buffers.get("weight")
+        if codes is None:
+            return True  # another thread is packing: wait for it
+        return (
+            get_backend() == "native"
+            and not self.shares_weight
+            and codes.device.type == "cpu"
+            and type(codes) is Tensor  # tracers run layers on tensors of their own kinds
+            and codes.numel() > 0
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        )
+
+    def _pack(self) -> Tensor:
+        with _lock:
+            packed = self._buffers.get("packed_weight")
+            if packed is not None:
+                return packed
+            codes = self.codes
+            # Leaving inference mode makes ordinary tensors, which may be written to later.
+            with torch.inference_mode(False), torch.no_grad():
+                packed = torch.ops.mono_quant.pack_weight(codes)
+                column_sum = codes.sum(dim=1, dtype=torch.int32)
+            assert isinstance(packed, Tensor)
+            self._non_persistent_buffers_set.update(_PACKED)
+            self._buffers["column_sum"] = column_sum
+            self._buffers["packed_weight"] = packed
+            del self._buffers["weight"]
+            return packed
+
+    def unpack(self) -> None:
+        """Go back to the plain layout; the next run on the native backend packs again."""
+        with _lock:
+            if "packed_weight" not in self._buffers:
+                return
+            plain = self.codes
+            for name in _PACKED:
+                del self._buffers[name]
+            # In front, where it was: the order of a state dict is part of what users compare.
+            others = dict(self._buffers)
+            self._buffers.clear()
+            self._buffers.update({"weight": plain, **others})
+
+    @property
+    def codes(self) -> Tensor:
+        packed = self._buffers.get("packed_weight")
+        if packed is None:
+            return super().codes
+        with torch.inference_mode(False), torch.no_grad():
+            plain: Tensor = torch.ops.mono_quant.unpack_weight(packed, *self._matrix_shape())
+        return plain
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def set_tensor(self, name: str, tensor: Tensor | None) -> None:
+        if name == "weight":
+            for packed in _PACKED:
+                self._buffers.pop(packed, None)
+        super().set_tensor(name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if "packed_weight" in self._buffers:
+            destination[prefix + "weight"] = self.codes
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if "packed_weight" in self._buffers:
+            plain = {"weight": self.codes}
+            others = {name: tensor for name, tensor in self._buffers.items() if name not in _PACKED}
+            state["_buffers"] = plain | others
+        return state
+
+
+def mark_shared(layers: Iterable[QuantizedModule]) -> None:
+    """Keep the weight of ``layers``, which hold the same codes, in the plain layout that all of them can read."""
+    for layer in layers:
+        if isinstance(layer, PackedWeight):
+            layer.shares_weight = True
