@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mono_quant.errors import InputError, InputTypeError
+from mono_quant.errors import InputError, InputTypeError, MonoQuantError
 from mono_quant.report.metrics import cosine_similarity, max_abs_error, sqnr_db
 
 #: A tensor, a tuple of positional or a mapping of keyword arguments, or a callable that runs the model it is given.
@@ -57,15 +57,23 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
 
     Raises:
         InputTypeError: ``inputs`` is not one of the forms of :data:`Inputs`.
+        InputError: The model raised an error, which is the cause of this one.
     """
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if callable(inputs):
-        return inputs(model)
+    try:
+        if isinstance(inputs, Tensor):
+            return model(inputs)
+        if isinstance(inputs, tuple):
+            return model(*inputs)
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        if callable(inputs):
+            return inputs(model)
+    except MonoQuantError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} cannot run on these inputs: {type(error).__name__}: {error}"
+        ) from error
     raise InputTypeError(
         f"inputs is a {type(inputs).__name__}; expected a tensor, a tuple of positional arguments, a dict of keyword "
         "arguments, or a function that takes the model and answers its output"
