@@ -262,7 +262,7 @@ void store_float_row(const float* total, const float* bias, int64_t cols, void* 
     if (count == kLanes) {
       store_x<kType>(out, first + c, v);
     } else {
-      char last[kLanes * 4];
+      alignas(64) char last[kLanes * 4];
       store_x<kType>(last, 0, v);
       memcpy((char*)out + (first + c) * element_size<kType>(), last, (size_t)(count * element_size<kType>()));
     }

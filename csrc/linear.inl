@@ -64,7 +64,7 @@ void finish_tile(const Tile& t) {
       store_x<kType>(t.out, row + c, finish_lanes<kType, kActivation>(t, r, c));
     }
     if (whole < t.cols) {
-      char last[kLanes * 4];
+      alignas(64) char last[kLanes * 4];
       store_x<kType>(last, 0, finish_lanes<kType, kActivation>(t, r, whole));
       memcpy((char*)t.out + (row + whole) * element_size<kType>(), last,
              (size_t)((t.cols - whole) * element_size<kType>()));

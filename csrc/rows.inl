@@ -28,7 +28,7 @@ inline int64_t element_size(mono_quant::DType dtype) { return dtype == mono_quan
 // The last `count` < kLanes elements of a row, zeros behind them: zero changes neither end of the range.
 template <int kType>
 inline F32 load_x_tail(const void* p, int64_t i, int64_t count) {
-  char padded[kLanes * 4];
+  alignas(64) char padded[kLanes * 4];
   memset(padded, 0, sizeof(padded));
   memcpy(padded, (const char*)p + i * element_size<kType>(), (size_t)(count * element_size<kType>()));
   return load_x<kType>(padded, 0);
@@ -124,7 +124,7 @@ void embedding_rows(const int64_t* index, int64_t count, const int8_t* weight, i
     for (; i + kLanes <= dim; i += kLanes) store_x<kType>(o, i, mul(to_f32(sub_i32(load_i8(w + i), z)), s));
     if (i < dim) {
       int8_t in[kLanes] = {0};
-      char last[kLanes * 4];
+      alignas(64) char last[kLanes * 4];
       memcpy(in, w + i, (size_t)(dim - i));
       store_x<kType>(last, 0, mul(to_f32(sub_i32(load_i8(in), z)), s));
       memcpy(o + i * element_size<kType>(), last, (size_t)((dim - i) * element_size<kType>()));
