@@ -84,6 +84,14 @@ class _QuantizedConv(QuantizedModule):
         self._register_tensors(tuple(self.stored_weight(model).shape), float_bias, scheme_from_dtype(dtype, symmetric))
 
     @classmethod
+    def unsupported_reason(cls, module: nn.Module) -> str | None:
+        reason = super().unsupported_reason(module)
+        weight = cls.stored_weight(module) if reason is None else None
+        if weight is not None and weight.numel() == 0:
+            return f"its weight is empty ({list(weight.shape)}), which PyTorch does not convolve with either"
+        return reason
+
+    @classmethod
     def like(cls, module: nn.Module, scheme: LayerScheme) -> Self:
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)

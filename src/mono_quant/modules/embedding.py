@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.mappers import QINT8
+from mono_quant.errors import InputError
 from mono_quant.modules.base import QuantizedModule, require_module, scheme_from_dtype
 
 
@@ -140,6 +141,10 @@ class QuantizedEmbeddingBag(_QuantizedTable):
         padding_idx: The row that is left out of every bag.
         dtype: ``torch.qint8`` or ``torch.float16``.
         symmetric: Whether the rows have no zero points.
+
+    Raises (when called):
+        InputError: ``per_sample_weights`` of another shape than the indices, or with a ``mode`` other than ``sum``.
+        IndexError: An index is negative or beyond the table.
     """
 
     float_type: ClassVar[type[nn.Module]] = nn.EmbeddingBag
@@ -179,24 +184,44 @@ class QuantizedEmbeddingBag(_QuantizedTable):
         self.mode, self.include_last_offset = source.mode, source.include_last_offset
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        flat = input.reshape(-1)
-        positions = torch.arange(flat.numel(), dtype=input.dtype, device=input.device)
-        padding_position = None
-        if self.padding_idx is not None:
-            # One more row, in front, stands for all the padding: the reduction then knows what to leave out.
-            padding_position = 0
-            positions = torch.where(flat == self.padding_idx, 0, positions + 1)
-            flat = torch.cat([flat.new_full((1,), self.padding_idx), flat])
-        out = F.embedding_bag(
-            positions.reshape(input.shape),
-            self._look_up(flat, torch.float32),
-            offsets,
-            mode=self.mode,
-            per_sample_weights=None if per_sample_weights is None else per_sample_weights.float(),
-            include_last_offset=self.include_last_offset,
-            padding_idx=padding_position,
-        )
+        weights = per_sample_weights
+        if weights is not None and (self.mode != "sum" or weights.shape != input.shape):
+            raise InputError(
+                f"per_sample_weights need mode='sum' and the shape of the indices {list(input.shape)}, "
+                f"found mode={self.mode!r} and {list(weights.shape)}"
+            )
+        rows = self._look_up(input.reshape(-1), torch.float32)
+        weights = None if weights is None else weights.float()
+        if self.padding_idx is None:
+            out = self._reduce(rows, input, offsets, self.mode, weights)
+        else:
+            out = self._reduce_without_padding(rows, input, offsets, weights)
         return out.to(self.float_dtype)
+
+    def _reduce(
+        self, rows: Tensor, input: Tensor, offsets: Tensor | None, mode: str, weights: Tensor | None = None
+    ) -> Tensor:
+        positions = torch.arange(input.numel(), dtype=input.dtype, device=input.device).reshape(input.shape)
+        return F.embedding_bag(
+            positions, rows, offsets, mode=mode, per_sample_weights=weights,
+            include_last_offset=self.include_last_offset,
+        )  # fmt: skip
+
+    def _reduce_without_padding(
+        self, rows: Tensor, input: Tensor, offsets: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        # F.embedding_bag's own padding_idx would make the number of rows a constant of an exported program.
+        present = input != self.padding_idx
+        column = present.reshape(-1, 1)
+        if self.mode == "max":
+            out = self._reduce(rows.masked_fill(~column, -torch.inf), input, offsets, "max")
+            # A bag of nothing but padding answers zeros, as an empty one does.
+            return out.masked_fill(out == -torch.inf, 0.0)
+        kept = present.float() if weights is None else torch.where(present, weights, 0.0)
+        out = self._reduce(rows, input, offsets, "sum", kept)
+        if self.mode == "mean":
+            out = out / self._reduce(column.float(), input, offsets, "sum").clamp(min=1)
+        return out
 
     def to_float(self) -> nn.Module:
         return nn.EmbeddingBag(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.mappers import QINT8
+from mono_quant.errors import InputError
 from mono_quant.modules.base import require_module, scheme_from_dtype
 from mono_quant.modules.packed import PackedWeight
 
@@ -81,6 +82,11 @@ class QuantizedLinear(PackedWeight):
         return cls.from_float(require_module(module, nn.Linear), scheme_from_dtype(dtype, symmetric))
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-1] != self.in_features:
+            # Tiles are padded: the kernels cannot tell a row of the wrong length from a right one.
+            raise InputError(
+                f"{type(self).__name__} expects [..., {self.in_features}], found an input of shape {list(input.shape)}"
+            )
         if self.weight_scale is None:
             half: Tensor = torch.ops.mono_quant.linear_half(input, self._buffers["weight"], self.bias)
             return half

@@ -20,8 +20,8 @@ from mono_quant.core.packing import unpack_tiles
 from mono_quant.core.quantized_tensor import row_chunks
 from mono_quant.ops import reference
 
-# 255 * 128 * K must stay below 2**31; the sum is split beyond.
-MAX_EXACT_LENGTH = 65_536
+# 255 * 255 * K (a weight less its zero point spans 255 too) must stay below 2**31; the sum is split beyond.
+MAX_EXACT_LENGTH = 32_768
 
 # Rows times inputs of one block.
 _BLOCK_ELEMENTS = 1 << 18
@@ -114,7 +114,9 @@ def linear_dynamic(
 ) -> Tensor:
     """See :func:`mono_quant.ops.reference.linear_dynamic`."""
     out_features, in_features = weight.shape
-    if x.numel() == 0 or weight.numel() == 0 or not integer_products_are_exact():
+    # torch._int_mm answers wrong products where its matrices are vectors: with one input all strides are 1.
+    too_short = in_features <= 1
+    if x.numel() == 0 or weight.numel() == 0 or too_short or not integer_products_are_exact():
         return reference.linear_dynamic(x, weight, weight_scale, weight_zero_point, bias, activation)
     activate = reference.activation_function(activation)
     rows = reference.flatten_rows(x, in_features)
@@ -152,8 +154,11 @@ def _integer_product(codes: Tensor, zero_point: Tensor, weight: Tensor, weight_z
     length = codes.shape[1]
     if length > MAX_EXACT_LENGTH:
         total = torch.zeros(codes.shape[0], weight.shape[0], dtype=torch.float64)
-        for start in range(0, length, MAX_EXACT_LENGTH):
-            part = slice(start, start + MAX_EXACT_LENGTH)
+        # Pieces of equal size, so that the last one is never a single column.
+        pieces = -(-length // MAX_EXACT_LENGTH)
+        step = -(-length // pieces)
+        for start in range(0, length, step):
+            part = slice(start, start + step)
             piece = weight[:, part].contiguous()
             sums = piece.sum(dim=1, dtype=torch.int32)
             total += _corrected_sum(codes[:, part].contiguous(), zero_point, piece, weight_zero_point, sums)
