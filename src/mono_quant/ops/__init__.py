@@ -9,6 +9,7 @@ from mono_quant.ops.backend import (
 )
 from mono_quant.ops.library import NAMESPACE, SCHEMAS
 from mono_quant.ops.reference import ACTIVATIONS
+from mono_quant.ops.system import SystemConfig, show_config, system_config
 
 choose_default_backend()
 
@@ -16,9 +17,12 @@ __all__ = [
     "ACTIVATIONS",
     "NAMESPACE",
     "SCHEMAS",
+    "SystemConfig",
     "available_backends",
     "choose_default_backend",
     "get_backend",
     "set_backend",
+    "show_config",
+    "system_config",
     "use_backend",
 ]

@@ -97,4 +97,12 @@ def choose_default_backend() -> None:
     Raises:
         BackendError: The environment names a backend that this machine does not have.
     """
-    set_backend(os.environ.get(ENVIRONMENT_VARIABLE) or available_backends()[0])
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE)
+    set_backend(wanted or available_backends()[0])
+    if not wanted and not native.is_loaded() and not native.is_switched_off():
+        # Said when a layer first runs: importing the package to read a checkpoint concerns nobody.
+        torch_cpu.announce_on_first_use(
+            f"mono_quant runs on PyTorch's own int8 kernels: {native.reason_not_loaded()}. They are slower; install "
+            "with a C++ compiler and torch present to build the native ones (python -m pip install "
+            "--no-build-isolation), or set MONO_QUANT_BACKEND=torch to silence this."
+        )

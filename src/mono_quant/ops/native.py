@@ -88,9 +88,14 @@ def set_instruction_set(name: str) -> None:
     _choose(library, name)
 
 
+def is_switched_off() -> bool:
+    """Say whether the environment keeps the library from being loaded."""
+    return os.environ.get(SWITCH) == "0"
+
+
 @cache
 def _state() -> _State:
-    if os.environ.get(SWITCH) == "0":
+    if is_switched_off():
         return _State(None, f"switched off by {SWITCH}=0")
     if not LIBRARY.exists():
         return _State(None, "this installation was built without a C++ compiler, or without torch at build time")

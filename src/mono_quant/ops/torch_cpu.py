@@ -6,6 +6,7 @@ a fused kernel does in two: within a block all but the first pass find their dat
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from threading import Lock
@@ -34,6 +35,19 @@ def integer_products_are_exact() -> bool:
     Before VNNI, x86 processors had only a multiply that clips pairs of products to 16 bits, and oneDNN uses it.
     """
     return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
+
+
+_announcement: list[str] = []
+
+
+def announce_on_first_use(text: str) -> None:
+    """Warn with ``text`` when a linear layer or a convolution first runs on this backend."""
+    _announcement[:] = [text]
+
+
+def _announce() -> None:
+    if _announcement:
+        warnings.warn(_announcement.pop(), stacklevel=2)
 
 
 class _DerivedTensors:
@@ -113,6 +127,7 @@ def linear_dynamic(
     activation: str = "none",
 ) -> Tensor:
     """See :func:`mono_quant.ops.reference.linear_dynamic`."""
+    _announce()
     out_features, in_features = weight.shape
     # torch._int_mm answers wrong products where its matrices are vectors: with one input all strides are 1.
     too_short = in_features <= 1
