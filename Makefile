@@ -62,8 +62,8 @@ format: $(VENV)/.dev ## format and fix what can be fixed by itself
 	$(BIN)/ruff format $(CHECKED)
 	$(BIN)/ruff check --fix $(CHECKED)
 
-sanitize: $(VENV)/.dev ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh
+sanitize: ## the native kernels, without torch, under AddressSanitizer and UndefinedBehaviorSanitizer
+	tools/sanitize.sh
 
 # The peers are large; an engine that is not installed is left out of the tables.
 peers: $(VENV)/.dev ## install the engines that the benchmarks compare with
