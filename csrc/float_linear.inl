@@ -22,6 +22,9 @@ struct Chain {
   int64_t begin, count, group;
 };
 
+// Decoding starts where a dword starts, whatever the number of bits; a group may start within one.
+inline int64_t dword_start(int64_t k) { return k / 8 * 8; }
+
 struct FloatScratch {
   float* x;  // converted rows; unused for float32 input
   float* total;  // [rows][kFloatCols]
@@ -81,12 +84,14 @@ inline F32 next_value<16>(I32* t) {
   return v;
 }
 
-// Codes of columns [col, col + kFloatCols) and inputs [k0, k0 + depth), less the zero points, as panel[k][column].
+// Codes of columns [col, col + kFloatCols) and of the chains' inputs, less the zero points, as panel[k][column] from
+// the start of the first dword on.
 template <int kBits>
 void decode_panel(const FloatLinearArgs& p, int64_t col, int64_t cols, const Chain* chains, int64_t chain_count,
                   const FloatScratch& s) {
   constexpr int64_t kPerDword = 32 / kBits, kPerLoad = kPerDword * kLanes;
-  const int64_t k0 = chains[0].begin, end = chains[chain_count - 1].begin + chains[chain_count - 1].count;
+  const int64_t k0 = dword_start(chains[0].begin);
+  const int64_t end = chains[chain_count - 1].begin + chains[chain_count - 1].count;
   const int64_t depth = end - k0;
   for (int64_t half = 0; half < kFloatCols; half += kLanes) {
     const int64_t rows = mono_quant::larger(0, cols - half);
@@ -150,7 +155,7 @@ void float_product(const float* x, int64_t ldx, const Chain* chains, int64_t cha
     sum[r][0] = load_f32(total + r * kFloatCols);
     sum[r][1] = load_f32(total + r * kFloatCols + kLanes);
   }
-  const float* w = s.panel;
+  const float* w = s.panel + (chains[0].begin - dword_start(chains[0].begin)) * kFloatCols;
   for (int64_t i = 0; i < chain_count; ++i) {
     F32 part[kRows][2];
 #pragma GCC unroll 6
@@ -304,17 +309,18 @@ void float_linear_typed(const FloatLinearArgs& p, int64_t row_begin, int64_t row
       memset(s.total, 0, (size_t)(rows * kFloatCols * 4));
       decode_groups(p, col, cols, s);
       for (int64_t k = 0; k < p.k;) {
-        // Whole chains, up to the depth of the decoded panel. A chain is at least 8 long but for the row's last.
+        // Whole chains, up to the depth of the decoded panel.
         Chain chains[kDecodeDepth / 8];
         int64_t count = 0;
-        for (const int64_t k0 = k; k < p.k && count < kDecodeDepth / 8; ++count) {
+        for (const int64_t k0 = dword_start(k); k < p.k && count < kDecodeDepth / 8; ++count) {
           const int64_t in_group = k % group_size;
           const int64_t length = mono_quant::smaller(kChain, group_size - in_group);
           if (k + length - k0 > kDecodeDepth) break;
           chains[count] = Chain{k, length, k / group_size};
           k += length;
         }
-        if (rows <= kDirectRows && count == 4 && k - chains[0].begin == kDecodeDepth) {
+        const int64_t begin = chains[0].begin;
+        if (rows <= kDirectRows && count == 4 && k - begin == kDecodeDepth && begin == dword_start(begin)) {
           if (rows == 1) float_product_direct<kBits, 1>(p, col, cols, x, ldx, chains, s, s.total);
           else if (rows == 2) float_product_direct<kBits, 2>(p, col, cols, x, ldx, chains, s, s.total);
           else if (rows == 3) float_product_direct<kBits, 3>(p, col, cols, x, ldx, chains, s, s.total);

@@ -53,7 +53,7 @@ struct FloatLinearArgs {
   int bits;  // 4 or 8: `weight` holds int32 words; 16: `weight` holds float16
   const void* weight;
   int64_t row_bytes;  // from one weight row to the next
-  int64_t group_size;  // a multiple of 8, or k; 0 when bits is 16
+  int64_t group_size;  // divides k; 0 when bits is 16
   const float* weight_scale;  // [n, groups]
   const int8_t* weight_zero_point;  // [n, groups] or null
   const float* bias;

@@ -313,13 +313,13 @@ void linear_weight_only(StableIValue* stack, uint64_t, uint64_t) {
   expect_depth(x, k);
   check(bits == 4 || bits == 8, "weight-only weights have 4 or 8 bits");
   const bool whole_rows = group_size == k || k == 0;
-  if (!whole_rows && (group_size <= 0 || group_size % 8 != 0 || k % group_size != 0)) {
-    fail("group size " + std::to_string(group_size) + " does not divide " + std::to_string(k) +
-         " inputs into groups of a multiple of 8");
+  if (!whole_rows && (group_size <= 0 || k % group_size != 0)) {
+    fail("group size " + std::to_string(group_size) + " does not divide " + std::to_string(k) + " inputs");
   }
   const int64_t words = (k * bits + 31) / 32;
   check(weight.dim() == 2 && weight.size(1) == words, "the packed weight does not fit in_features and bits");
-  const int64_t n = weight.size(0), groups = whole_rows ? 1 : k / group_size;
+  // Without inputs there is no group to scale, whatever the shape of the scales.
+  const int64_t n = weight.size(0), groups = k == 0 ? 0 : whole_rows ? 1 : k / group_size;
   expect(weight, "weight_packed", aoti_torch_dtype_int32(), n * words);
   FloatLinearArgs args = {};
   args.n = n;
@@ -327,10 +327,11 @@ void linear_weight_only(StableIValue* stack, uint64_t, uint64_t) {
   args.weight = weight.data<void>();
   args.row_bytes = words * 4;
   args.group_size = whole_rows ? larger(k, 1) : group_size;
-  expect(weight_scale, "weight_scale", aoti_torch_dtype_float32(), n * groups);
+  expect(weight_scale, "weight_scale", aoti_torch_dtype_float32(), k == 0 ? weight_scale.numel() : n * groups);
   args.weight_scale = weight_scale.data<float>();
   if (weight_zero_point) {
-    expect(weight_zero_point, "weight_zero_point", aoti_torch_dtype_int8(), n * groups);
+    const int64_t count = k == 0 ? weight_zero_point.numel() : n * groups;
+    expect(weight_zero_point, "weight_zero_point", aoti_torch_dtype_int8(), count);
     args.weight_zero_point = weight_zero_point.data<int8_t>();
   }
   stack[0] = float_linear(x, args, std::move(bias)).release();

@@ -387,6 +387,9 @@ void test_table(const KernelTable& t) {
       test_float_linear(t, m, 384, n, 4, 128, variant++);
       test_float_linear(t, m, 160, n, 4, 32, variant++);
       test_float_linear(t, m, 131, n, 4, 131, variant++);
+      test_float_linear(t, m, 396, n, 4, 132, variant++);
+      test_float_linear(t, m, 21, n, 4, 3, variant++);
+      test_float_linear(t, m, 50, n, 8, 1, variant++);
       test_float_linear(t, m, 48, n, 8, 16, variant++);
       test_float_linear(t, m, 133, n, 8, 133, variant++);
       test_float_linear(t, m, 256, n, 8, 32, variant++);
