@@ -83,7 +83,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _provenance(document: results.Document) -> str:
     environment = document["environment"]
-    sets = ", ".join(environment["instruction_sets"]) or "none named"
+    sets = ", ".join(environment["features"]) or "none named"
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     kernels = environment["backend"]
     if environment["backend"] == "native":

@@ -18,9 +18,8 @@ from torch import nn
 
 import mono_quant
 from benchmarks import minilm
-from benchmarks.environment import describe_environment
 from benchmarks.timing import Schedule, Timing, take_turns
-from mono_quant.ops import get_backend, native
+from mono_quant.ops import system_config
 from mono_quant.report import nearest_neighbour_agreement
 
 # Shorter than the benchmarks' schedule: the demo is for a first look.
@@ -65,13 +64,11 @@ def main() -> None:
     result = mono_quant.quantize(model)
     assert isinstance(result.model, nn.Module)
 
-    console.print(f"mono_quant {mono_quant.__version__} on {describe_environment().summary()}", highlight=False)
-    if get_backend() != "native":
-        console.print(f"The native kernels do not run here: {native.reason_not_loaded()}.", highlight=False)
+    console.print(str(system_config()), highlight=False, markup=False)
     info = result.info
     console.print(
-        f"quantize(model): {len(info.selected_layers)} layers to int8, {len(info.skipped_layers)} left in float, "
-        f"in {info.seconds:.2f} s",
+        f"\nquantize(model): {len(info.selected_layers)} layers to int8, {len(info.skipped_layers)} left in float, "
+        f"in {info.seconds:.2f} s\n",
         highlight=False,
     )
 

@@ -10,7 +10,7 @@ from benchmarks import report, results
 
 ENVIRONMENT = {
     "processor": "A Processor",
-    "instruction_sets": ["avx2"],
+    "features": ["avx2"],
     "cores": 2,
     "threads": 2,
     "system": "Linux x86_64",
