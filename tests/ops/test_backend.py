@@ -1,0 +1,94 @@
+"""Choosing a backend: by call, for a block, by the environment; and what cannot be chosen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mono_quant import ops
+from mono_quant.errors import BackendError
+from mono_quant.ops import native
+from tests.ops.operands import LinearWeight
+
+
+def test_the_pure_python_backends_are_always_there() -> None:
+    available = ops.available_backends()
+    assert available[-2:] == ("torch", "reference")
+    assert ("native" in available) == native.is_loaded()
+
+
+@pytest.mark.parametrize("name", ops.available_backends())
+def test_a_backend_holds_for_its_block(name: str) -> None:
+    before = ops.get_backend()
+    with ops.use_backend(name):
+        assert ops.get_backend() == name
+        with ops.use_backend("reference"):
+            assert ops.get_backend() == "reference"
+        assert ops.get_backend() == name
+    assert ops.get_backend() == before
+
+
+def test_a_block_that_fails_gives_its_backend_back() -> None:
+    before = ops.get_backend()
+    with pytest.raises(KeyError), ops.use_backend("reference"):
+        raise KeyError
+    assert ops.get_backend() == before
+
+
+@pytest.mark.parametrize("name", ["", "cuda", "Native", "NATIVE ", None])
+def test_an_unknown_backend_is_refused_and_changes_nothing(name: str) -> None:
+    before = ops.get_backend()
+    with pytest.raises(BackendError, match="not one of native, torch, reference"):
+        ops.set_backend(name)
+    assert ops.get_backend() == before
+
+
+def test_an_absent_native_library_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "is_loaded", lambda: False)
+    monkeypatch.setattr(native, "reason_not_loaded", lambda: "it was left at home")
+    assert ops.available_backends() == ("torch", "reference")
+    before = ops.get_backend()
+    with pytest.raises(BackendError, match="it was left at home") as caught:
+        ops.set_backend("native")
+    assert caught.value.suggestion
+    assert ops.get_backend() == before
+
+
+def test_backends_that_were_changed_often_still_work() -> None:
+    weight, x = LinearWeight.random(5, 12), torch.randn(3, 12)
+    answers = []
+    for _ in range(5):
+        for name in ops.available_backends():
+            with ops.use_backend(name):
+                answers.append(weight.linear(x))
+    for answer in answers:
+        torch.testing.assert_close(answer, answers[0], rtol=1e-6, atol=1e-6)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_the_environment_chooses(name: str) -> None:
+    finished = run_python("import mono_quant.ops as ops; print(ops.get_backend())", MONO_QUANT_BACKEND=name)
+    assert finished.stdout.split() == [name], finished.stderr
+
+
+def test_an_environment_that_names_no_backend_is_an_error_that_says_so() -> None:
+    finished = run_python("import mono_quant.ops", MONO_QUANT_BACKEND="fastest")
+    assert finished.returncode != 0
+    assert "BackendError" in finished.stderr
+    assert "'fastest' is not one of native, torch, reference" in finished.stderr
+
+
+def test_the_native_library_can_be_switched_off() -> None:
+    code = "import mono_quant.ops as ops; print(*ops.available_backends(), ops.get_backend())"
+    finished = run_python(code, MONO_QUANT_NATIVE="0", MONO_QUANT_BACKEND="")
+    assert finished.stdout.split() == ["torch", "reference", "torch"], finished.stderr
