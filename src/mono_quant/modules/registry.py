@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
 from mono_quant.modules.base import QuantizedModule
@@ -31,16 +32,22 @@ def register(float_type: type[nn.Module] | str, quantized_type: type[QuantizedMo
         _BY_TYPE[float_type] = quantized_type
 
 
+def _float_type(module: nn.Module) -> type[nn.Module]:
+    """Answer the type as written: parametrizing a module puts a class of its own in the place of its type."""
+    float_type: type[nn.Module] = type_before_parametrizations(module)
+    return float_type
+
+
 def counterpart(module: nn.Module) -> type[QuantizedModule] | None:
     """Answer the class that can stand in for ``module`` in 8 bits or float16, or ``None``."""
-    float_type = type(module)
+    float_type = _float_type(module)
     return _BY_TYPE.get(float_type) or _BY_NAME.get(f"{float_type.__module__}.{float_type.__qualname__}")
 
 
 def counterpart_for_scheme(module: nn.Module, scheme: LayerScheme) -> type[QuantizedModule] | None:
     """Answer the class that can stand in for ``module`` in ``scheme``, or ``None``."""
     if scheme.kind == WEIGHT_ONLY:
-        return _WEIGHT_ONLY.get(type(module))
+        return _WEIGHT_ONLY.get(_float_type(module))
     return counterpart(module)
 
 
