@@ -100,5 +100,6 @@ def assert_same_numbers(actual: Tensor, expected: Tensor) -> None:
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float:
     """Answer the signal to quantization noise ratio in dB."""
-    noise = (reference.double() - approximation.double()).square().sum()
-    return float(10 * torch.log10(reference.double().square().sum() / noise))
+    reference, approximation = reference.detach().double(), approximation.detach().double()
+    noise = (reference - approximation).square().sum()
+    return float(10 * torch.log10(reference.square().sum() / noise))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Final, Self, cast
 
 import torch
@@ -27,6 +28,8 @@ _GEOMETRY: Final = (
     "padding_mode",
     "_reversed_padding_repeated_twice",
 )
+
+_CONVOLUTIONS: Final[tuple[Callable[..., Tensor], ...]] = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def _copy_geometry(source: nn.Module, target: nn.Module) -> None:
@@ -107,31 +110,28 @@ class _QuantizedConv(QuantizedModule):
     def forward(self, input: Tensor) -> Tensor:
         spatial = len(self.kernel_size)
         self._check_input(input, spatial)
-        if self.weight_scale is None:
-            return self._convolve_half(input)
         x = input if input.dim() == spatial + 2 else input.unsqueeze(0)
-        padding = self.padding
-        if self.padding_mode != "zeros" or (isinstance(padding, str) and self._pads_unevenly()):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
-            padding = (0,) * spatial
-        elif isinstance(padding, str):
-            # Even padding, last dimension first, each side written out.
-            padding = tuple(self._reversed_padding_repeated_twice[::-2])
-        out: Tensor = torch.ops.mono_quant.conv_dynamic(
-            x, self.codes, self.weight_scale, self.weight_zero_point, self.bias, self.stride, padding, self.dilation,
-            self.groups,
-        )  # fmt: skip
+        x, padding = self._padded(x)
+        if self.weight_scale is None:
+            convolve = _CONVOLUTIONS[spatial - 1]
+            bias = None if self.bias is None else self.bias.float()
+            out = convolve(x.float(), self.codes.float(), bias, self.stride, padding, self.dilation, self.groups)
+            out = out.to(x.dtype)
+        else:
+            out = torch.ops.mono_quant.conv_dynamic(
+                x, self.codes, self.weight_scale, self.weight_zero_point, self.bias, self.stride, padding,
+                self.dilation, self.groups,
+            )  # fmt: skip
         return out if input.dim() == spatial + 2 else out.squeeze(0)
 
-    def _pads_unevenly(self) -> bool:
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Answer the input and the padding with zeros that is left to the operator, one number a dimension."""
         pads = self._reversed_padding_repeated_twice
-        return pads[::2] != pads[1::2]
-
-    def _convolve_half(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        out: Tensor = self._conv_forward(input.float(), self.codes.float(), bias)  # type: ignore[operator]
-        return out.to(input.dtype)
+        even = pads[::2] == pads[1::2]
+        if self.padding_mode == "zeros" and even:
+            return x, tuple(pads[::-2])
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, pads, mode=mode), (0,) * len(self.kernel_size)
 
     def _check_input(self, input: Tensor, spatial: int) -> None:
         # Kernels take sizes on trust: with a wrong one they fail in their own words, or answer an empty tensor.

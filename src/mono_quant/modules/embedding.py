@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -211,7 +211,7 @@ class QuantizedEmbeddingBag(_QuantizedTable):
         self, rows: Tensor, input: Tensor, offsets: Tensor | None, weights: Tensor | None
     ) -> Tensor:
         # F.embedding_bag's own padding_idx would make the number of rows a constant of an exported program.
-        present = input != self.padding_idx
+        present = input.ne(cast(int, self.padding_idx))
         column = present.reshape(-1, 1)
         if self.mode == "max":
             out = self._reduce(rows.masked_fill(~column, -torch.inf), input, offsets, "max")

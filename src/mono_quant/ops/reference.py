@@ -218,7 +218,8 @@ def conv_dynamic(
     out = total.float() * scale.reshape(samples) * weight_scale.reshape(channels)
     if bias is not None:
         out = out + bias.float().reshape(channels)
-    return out.to(x.dtype)
+    # Codes or inputs in channels-last order would give an output in that order.
+    return out.to(x.dtype).contiguous()
 
 
 def linear_weight_only(

@@ -251,7 +251,8 @@ def conv_dynamic(
         out -= windows.mul_(scale.reshape(-1, *[1] * (x.dim() - 1))).mul(factor)
         if bias is not None:
             out += bias.float().reshape(channels)
-    return out.to(x.dtype)
+    # Codes or inputs in channels-last order would give an output in that order.
+    return out.to(x.dtype).contiguous()
 
 
 _QCONVS: tuple[Callable[..., Tensor], ...] = (
