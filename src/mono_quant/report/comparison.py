@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mono_quant.core import LayerScheme
 from mono_quant.errors import ConfigurationError, InputTypeError
 from mono_quant.report.metrics import model_bytes
 from mono_quant.report.outputs import Inputs, OutputError, compare_outputs, inference, run_model
 from mono_quant.report.validation import ValidationResult, compare_weights, half_precision_layers
-from mono_quant.report.weights import Model, quantized_layers, stored_weight
+from mono_quant.report.weights import Model, Records, quantized_layers, stored_weight
 
 _WARM_UP = 3
 # A timing covers so many calls that it takes at least this long: shorter ones measure the clock.
@@ -96,7 +95,7 @@ def compare_models(
     inputs: Inputs | None = None,
     repeats: int = 20,
     *,
-    schemes: Mapping[str, LayerScheme] | None = None,
+    records: Records | None = None,
     progress: RoundProgress | None = None,
 ) -> Comparison:
     """Compare two models, or two state dicts.
@@ -110,7 +109,7 @@ def compare_models(
         inputs: A tensor, a tuple of positional or a mapping of keyword arguments, or a function that takes a model
             and answers its output. Without inputs, and for state dicts, only sizes and weights are compared.
         repeats: Timings of each model; 0 measures no time.
-        schemes: For a quantized state dict, each layer's scheme as in its checkpoint's header.
+        records: For a quantized state dict, what its checkpoint's header says of each layer.
         progress: Called before each round of timings.
 
     Raises:
@@ -121,10 +120,10 @@ def compare_models(
     if repeats < 0:
         raise ConfigurationError(f"repeats={repeats} is negative")
     before, after = model_bytes(original), model_bytes(quantized)
-    if schemes is None and not isinstance(quantized, nn.Module):
-        schemes = half_precision_layers(original, quantized)
+    if records is None and not isinstance(quantized, nn.Module):
+        records = half_precision_layers(original, quantized)
     weights = ValidationResult()
-    compare_weights(weights, original, quantized, -math.inf, schemes)
+    compare_weights(weights, original, quantized, -math.inf, records)
     outputs: tuple[OutputError, ...] = ()
     latency = None
     if inputs is not None:
@@ -143,18 +142,14 @@ def compare_models(
         size_ratio=after / max(1, before),
         weight_sqnr_db=weights.sqnr_db,
         layers=tuple(
-            LayerError(layer, _scheme_text(quantized, layer, schemes), weights.layer_sqnr_db[layer])
-            for layer in quantized_layers(quantized, schemes)
+            LayerError(layer, str(stored_weight(quantized, layer, records).scheme), weights.layer_sqnr_db[layer])
+            for layer in quantized_layers(quantized, records)
             if layer in weights.layer_sqnr_db
         ),
         outputs=outputs,
         latency=latency,
         warnings=tuple(weights.errors),
     )
-
-
-def _scheme_text(model: Model, layer: str, schemes: Mapping[str, LayerScheme] | None) -> str:
-    return str(stored_weight(model, layer, (schemes or {}).get(layer)).scheme)
 
 
 def measure_latency(

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mono_quant.core import LayerInfo, LayerScheme, QuantizationInfo
+from mono_quant.core import LayerInfo, QuantizationInfo
 from mono_quant.errors import MonoQuantError
 from mono_quant.io import load_model, save_model
 from mono_quant.report.metrics import sqnr_db
 from mono_quant.report.outputs import Inputs, inference, named_tensors, run_model
-from mono_quant.report.weights import Model
+from mono_quant.report.weights import Model, Records, quantized_layers, stored_weight
 
 # A loaded model has the same bits, but sums in another memory alignment may be taken in another order.
 _SAME_OUTPUT_DB = 60.0
@@ -23,7 +23,7 @@ _SAME_OUTPUT_DB = 60.0
 def round_trip_faults(
     original: Model,
     quantized: Model,
-    schemes: Mapping[str, LayerScheme] | None = None,
+    records: Records | None = None,
     inputs: Inputs | None = None,
 ) -> list[str]:
     """Answer what changes when ``quantized`` is saved to a temporary file and loaded; nothing if all is well.
@@ -31,14 +31,14 @@ def round_trip_faults(
     Args:
         original: Where it is a module, the file is loaded into its architecture, else as plain tensors.
         quantized: The quantized model.
-        schemes: For a quantized state dict, each layer's scheme.
+        records: For a quantized state dict, what its checkpoint's header says of each layer.
         inputs: Run the quantized and the loaded model on these and compare the outputs; for modules.
     """
     as_modules = isinstance(original, nn.Module) and isinstance(quantized, nn.Module)
     with tempfile.TemporaryDirectory(prefix="mono_quant-") as directory:
         path = Path(directory) / "round_trip.safetensors"
         try:
-            save_model(quantized, path, _info(schemes))
+            save_model(quantized, path, _info(quantized, records))
             loaded = load_model(path, original if as_modules and isinstance(original, nn.Module) else None)
         except (MonoQuantError, OSError) as error:
             message = error.message if isinstance(error, MonoQuantError) else str(error)
@@ -52,11 +52,15 @@ def round_trip_faults(
     return faults
 
 
-def _info(schemes: Mapping[str, LayerScheme] | None) -> QuantizationInfo | None:
-    if not schemes:
+def _info(quantized: Model, records: Records | None) -> QuantizationInfo | None:
+    """Answer what saving a state dict has to be told: how each of its layers is quantized."""
+    if isinstance(quantized, nn.Module):
         return None
-    layers = {name: LayerInfo(scheme, 0, 0) for name, scheme in schemes.items()}
-    symmetric = all(scheme.symmetric for scheme in schemes.values())
+    layers = {
+        layer: LayerInfo(stored_weight(quantized, layer, records).scheme, 0, 0)
+        for layer in quantized_layers(quantized, records)
+    }
+    symmetric = all(layer.scheme.symmetric for layer in layers.values())
     return QuantizationInfo(list(layers), [], 0, torch.int8, symmetric, layers=layers)
 
 

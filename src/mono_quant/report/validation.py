@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from mono_quant.core import LayerScheme, QuantizationInfo
 from mono_quant.core.layer_scheme import FLOAT16
 from mono_quant.errors import ConfigurationError, InputTypeError, MonoQuantError, ValidationError
+from mono_quant.io.header import LayerRecord
 from mono_quant.report.metrics import decibels, error_energy, model_bytes
 from mono_quant.report.outputs import Inputs, compare_outputs, inference, run_model
 from mono_quant.report.round_trip import round_trip_faults
-from mono_quant.report.weights import Model, float_weight, quantized_layers, stored_weight, weight_faults
+from mono_quant.report.weights import Model, Records, float_weight, quantized_layers, stored_weight, weight_faults
 
 _ON_FAILURE = ("error", "warn", "ignore")
 
@@ -59,7 +60,7 @@ def validate_quantization(
     inputs: Inputs | None = None,
     *,
     min_sqnr_db: float = 10.0,
-    schemes: Mapping[str, LayerScheme] | None = None,
+    records: Records | None = None,
 ) -> ValidationResult:
     """Check a quantized model against the one that it was made from.
 
@@ -74,7 +75,7 @@ def validate_quantization(
         inputs: A tensor, a tuple of positional or a mapping of keyword arguments, or a function that takes a model
             and answers its output. Only for modules.
         min_sqnr_db: The check fails if the ratio over all weights is lower; a single layer below it is a warning.
-        schemes: For a quantized state dict, each layer's scheme as in its checkpoint's header.
+        records: For a quantized state dict, what its checkpoint's header says of each layer.
 
     Raises:
         ValidationError: A check failed and ``on_failure`` is ``"error"``; names every failure.
@@ -91,11 +92,11 @@ def validate_quantization(
     before, after = model_bytes(original), model_bytes(quantized)
     result.original_size_mb, result.quantized_size_mb = before / 2**20, after / 2**20
     result.compression_ratio = before / max(1, after)
-    if schemes is None and not isinstance(quantized, nn.Module):
-        schemes = half_precision_layers(original, quantized)
-    check_weights(result, quantized, schemes)
-    compare_weights(result, original, quantized, min_sqnr_db, schemes)
-    faults = round_trip_faults(original, quantized, schemes, inputs)
+    if records is None and not isinstance(quantized, nn.Module):
+        records = half_precision_layers(original, quantized)
+    check_weights(result, quantized, records)
+    compare_weights(result, original, quantized, min_sqnr_db, records)
+    faults = round_trip_faults(original, quantized, records, inputs)
     result.load_test_passed = not faults
     result.errors += faults
     if inputs is not None:
@@ -132,11 +133,11 @@ def report_failures(result: ValidationResult, on_failure: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def half_precision_layers(original: Model, quantized: Model) -> dict[str, LayerScheme]:
+def half_precision_layers(original: Model, quantized: Model) -> dict[str, LayerRecord]:
     """Answer the layers of a headerless state dict whose weight is float16 where the original's is wider."""
     exact = dict(_named_tensors(original))
     return {
-        name.rpartition(".")[0]: LayerScheme(FLOAT16, bits=16)
+        name.rpartition(".")[0]: LayerRecord(LayerScheme(FLOAT16, bits=16))
         for name, tensor in _named_tensors(quantized)
         if name.rpartition(".")[2] == "weight"
         and tensor.dtype == torch.float16
@@ -146,16 +147,16 @@ def half_precision_layers(original: Model, quantized: Model) -> dict[str, LayerS
     }
 
 
-def check_weights(result: ValidationResult, quantized: Model, schemes: Mapping[str, LayerScheme] | None = None) -> None:
+def check_weights(result: ValidationResult, quantized: Model, records: Records | None = None) -> None:
     """Add to ``result`` whether all numbers of a quantized model are sound.
 
     Tensors that do not fit together are errors of the result too.
     """
-    layers = quantized_layers(quantized, schemes)
+    layers = quantized_layers(quantized, records)
     faults = [] if layers else ["no layer of the model is quantized"]
     for layer in layers:
         try:
-            faults += weight_faults(stored_weight(quantized, layer, (schemes or {}).get(layer)))
+            faults += weight_faults(stored_weight(quantized, layer, records))
         except MonoQuantError as error:
             faults.append(error.message)
     own = {f"{layer}.weight" if layer else "weight" for layer in layers}
@@ -173,14 +174,14 @@ def compare_weights(
     original: Model,
     quantized: Model,
     min_sqnr_db: float,
-    schemes: Mapping[str, LayerScheme] | None = None,
+    records: Records | None = None,
 ) -> None:
     """Add to ``result`` how far the quantized weights are from the original's."""
     signal = noise = 0.0
     seen: set[tuple[object, ...]] = set()
-    for layer in quantized_layers(quantized, schemes):
+    for layer in quantized_layers(quantized, records):
         try:
-            stored = stored_weight(quantized, layer, (schemes or {}).get(layer))
+            stored = stored_weight(quantized, layer, records)
             energies = error_energy(float_weight(original, quantized, stored), stored.weight)
         except MonoQuantError as error:
             if error.message not in result.errors:

@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from mono_quant.core import LayerScheme, QuantizedTensor, unpack_int32
 from mono_quant.core.layer_scheme import FLOAT16, INT8_DYNAMIC, WEIGHT_ONLY
 from mono_quant.errors import InputError
+from mono_quant.integrations.conv1d import CONV1D, QuantizedConv1D
+from mono_quant.io.header import LayerRecord
 from mono_quant.modules import QuantizedModule, counterpart
 from mono_quant.report.metrics import memory_key, weight_memory
 
 Model = nn.Module | Mapping[str, Tensor]
+#: What a checkpoint's header says of each quantized layer.
+Records = Mapping[str, LayerRecord]
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class StoredWeight:
         layer: The layer's name; empty where the model is the layer.
         weight: Codes with their scales, output channels first, or the float16 weight.
         scheme: How it is quantized, as the model or header says or as its tensors show.
+        float_type: The float layer that it stands for, if a header says so.
         memory: Equal for layers that share one weight.
     """
 
@@ -32,18 +37,19 @@ class StoredWeight:
     weight: QuantizedTensor | Tensor
     scheme: LayerScheme
     memory: tuple[object, ...]
+    float_type: str | None = None
 
 
-def quantized_layers(model: Model, schemes: Mapping[str, LayerScheme] | None = None) -> list[str]:
+def quantized_layers(model: Model, records: Records | None = None) -> list[str]:
     """Answer the names of the quantized layers of a model or state dict, in its order.
 
     Args:
         model: A state dict shows its int8 and packed weights by the scales beside them.
-        schemes: What a checkpoint's header says of each layer; it also names float16 weights, which look like others.
+        records: What a checkpoint's header says of each layer; it also names float16 weights, which look like others.
     """
     if isinstance(model, nn.Module):
         return [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
-    found = dict.fromkeys(schemes or ())
+    found = dict.fromkeys(records or ())
     for name in model:
         prefix, _, local = name.rpartition(".")
         if local == "weight_scale":
@@ -51,13 +57,13 @@ def quantized_layers(model: Model, schemes: Mapping[str, LayerScheme] | None = N
     return list(found)
 
 
-def stored_weight(model: Model, layer: str, scheme: LayerScheme | None = None) -> StoredWeight:
+def stored_weight(model: Model, layer: str, records: Records | None = None) -> StoredWeight:
     """Answer the weight of one quantized layer.
 
     Args:
         model: A quantized module or state dict.
         layer: A name out of :func:`quantized_layers`.
-        scheme: For a state dict, what its header says; without it the tensors' dtypes and shapes tell.
+        records: For a state dict, what its header says; without it the tensors' dtypes and shapes tell.
 
     Raises:
         InputError: The layer's tensors are incomplete or do not fit together.
@@ -69,7 +75,9 @@ def stored_weight(model: Model, layer: str, scheme: LayerScheme | None = None) -
     names = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
     prefix = f"{layer}." if layer else ""
     tensors = {name: model[prefix + name] for name in names if prefix + name in model}
-    scheme = _scheme_of(layer, tensors) if scheme is None else scheme
+    record = (records or {}).get(layer)
+    scheme = _scheme_of(layer, tensors) if record is None else record.scheme
+    float_type = None if record is None else record.float_type
     codes_name = "weight_packed" if scheme.kind == WEIGHT_ONLY else "weight"
     expected = {"weight_packed": torch.int32, "weight_scale": torch.float32, "weight_zero_point": torch.int8}
     expected["weight"] = torch.float16 if scheme.kind == FLOAT16 else torch.int8
@@ -85,10 +93,10 @@ def stored_weight(model: Model, layer: str, scheme: LayerScheme | None = None) -
             raise InputError(f"{prefix}{name} holds {tensors[name].dtype}, expected {expected[name]}")
     codes = tensors[codes_name]
     if scheme.kind == FLOAT16:
-        return StoredWeight(layer, codes, scheme, memory_key(codes))
+        return StoredWeight(layer, codes, scheme, memory_key(codes), float_type)
     zero_point = None if scheme.symmetric else tensors["weight_zero_point"]
     weight = _assemble(layer, codes, tensors["weight_scale"], zero_point, tensors.get("weight_shape"), scheme)
-    return StoredWeight(layer, weight, scheme, memory_key(codes))
+    return StoredWeight(layer, weight, scheme, memory_key(codes), float_type)
 
 
 def _assemble(
@@ -150,7 +158,7 @@ def float_weight(original: Model, quantized: Model, stored: StoredWeight) -> Ten
         module.register_buffer("weight", original[name])
     if not isinstance(getattr(module, "weight", None), Tensor):
         raise InputError(f"layer {layer!r} of the original ({type(module).__name__}) has no weight")
-    weight = _in_stored_layout(module, quantized, layer)
+    weight = _in_stored_layout(module, quantized, stored)
     shape = stored.weight.shape
     if weight.shape != shape and weight.numel() == shape.numel() and weight.flatten(1).shape == shape:
         weight = weight.flatten(1)
@@ -161,14 +169,14 @@ def float_weight(original: Model, quantized: Model, stored: StoredWeight) -> Ten
     return weight
 
 
-def _in_stored_layout(module: nn.Module, quantized: Model, layer: str) -> Tensor:
+def _in_stored_layout(module: nn.Module, quantized: Model, stored: StoredWeight) -> Tensor:
     quantized_type: type[QuantizedModule] | None
     if isinstance(quantized, nn.Module):
-        found = quantized.get_submodule(layer)
+        found = quantized.get_submodule(stored.layer)
         assert isinstance(found, QuantizedModule)
         quantized_type = type(found)
     else:
-        quantized_type = counterpart(module)
+        quantized_type = QuantizedConv1D if stored.float_type == CONV1D else counterpart(module)
     weight: Tensor = QuantizedModule.stored_weight(module)
     return weight if quantized_type is None else quantized_type.stored_weight(module)
 
@@ -205,4 +213,4 @@ def _outside(what: str, tensor: Tensor, low: int, high: int) -> list[str]:
     return [f"{what} reach from {least} to {most}, outside [{low}, {high}]"]
 
 
-__all__ = ["Model", "StoredWeight", "float_weight", "quantized_layers", "stored_weight", "weight_faults"]
+__all__ = ["Model", "Records", "StoredWeight", "float_weight", "quantized_layers", "stored_weight", "weight_faults"]

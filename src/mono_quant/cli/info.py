@@ -1,0 +1,64 @@
+"""``monoquant info``: what a file holds."""
+
+from __future__ import annotations
+
+import click
+
+from mono_quant.cli.models import existing_path
+from mono_quant.cli.options import json_option
+from mono_quant.cli.output import Output, decibels_text, layer_facts, names_text, size_text
+from mono_quant.report import FileSummary, inspect_file
+
+
+@click.command()
+@click.argument("path", metavar="PATH")
+@click.option(
+    "--format", "-f", "output_format", type=click.Choice(["text", "json"]), help="Another way to ask for --json."
+)
+@click.option("--layers", is_flag=True, help="List every quantized and every skipped layer.")
+@click.option("--allow-pickle", is_flag=True, help="Unpickle .pt files. This can run code: only for files you trust.")
+@json_option
+def info(output: Output, path: str, output_format: str | None, layers: bool, allow_pickle: bool) -> None:
+    """Show what a checkpoint, a file of tensors or a transformers directory holds.
+
+    Of a .safetensors file only the header is read.
+    """
+    output.as_json = output.as_json or output_format == "json"
+    summary = inspect_file(existing_path(path), allow_pickle)
+    if output.as_json:
+        output.document(summary.to_dict())
+        return
+    header = summary.header
+    schemes = {} if header is None else {name: str(record.scheme) for name, record in header.layers.items()}
+    skipped = {} if header is None else dict(header.skipped)
+    _print_file(output, summary, [] if layers else layer_facts(schemes, skipped))
+    if layers:
+        _print_layers(output, schemes, skipped)
+
+
+def _print_file(output: Output, summary: FileSummary, layers: list[tuple[str, str]]) -> None:
+    header = summary.header
+    facts = [("file", size_text(summary.file_bytes))]
+    if header is None:
+        facts.append(("written by", "another program (no header of mono_quant)"))
+    else:
+        facts.append(("written by", f"mono_quant {header.library_version}, format {header.format_version}"))
+        if "sqnr_db" in header.measurements:
+            facts.append(("SQNR of weights", decibels_text(header.measurements["sqnr_db"])))
+        if "compression_ratio" in header.measurements:
+            facts.append(("ratio", f"{1 / header.measurements['compression_ratio']:.3f} of the original"))
+        if header.tied:
+            facts.append(("tied tensors", names_text([f"{a} = {b}" for a, b in header.tied.items()])))
+    output.facts(str(summary.path), [*facts, *layers])
+    rows = [(name, str(use.tensors), f"{use.elements:,}", size_text(use.bytes)) for name, use in summary.dtypes.items()]
+    rows.append(("all", str(summary.tensors), "", size_text(summary.tensor_bytes)))
+    output.table(("dtype", "tensors", "elements", "size"), rows, numbers=("tensors", "elements", "size"))
+
+
+def _print_layers(output: Output, schemes: dict[str, str], skipped: dict[str, str]) -> None:
+    kinds = (("quantized", schemes), ("skipped", skipped))
+    rows = [(name or "(the model itself)", kind, how) for kind, items in kinds for name, how in items.items()]
+    output.table(("layer", "", "how or why"), rows)
+
+
+__all__ = ["info"]

@@ -1,0 +1,110 @@
+"""The command ``monoquant``: its subcommands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+import warnings
+from typing import Any, NoReturn
+
+import click
+
+from mono_quant import __version__
+from mono_quant.cli.compare import compare
+from mono_quant.cli.info import info
+from mono_quant.cli.output import Output
+from mono_quant.cli.quantize import quantize
+from mono_quant.cli.validate import validate
+from mono_quant.errors import MonoQuantError, ValidationError
+
+UNEXPECTED, INPUT_ERROR, VALIDATION_FAILED, INTERRUPTED = 1, 3, 4, 130
+
+EPILOG = """\b
+A model is one of
+  a transformers directory (config.json beside its weights),
+  a file of plain tensors (.safetensors, .pt, .pth),
+  a checkpoint of this library (.safetensors),
+  package.module:factory, a function without arguments that answers a module
+  or a module and example inputs; the current directory can be imported from.
+
+\b
+Exit codes
+  0    done
+  1    unexpected error
+  2    wrong usage of the command line
+  3    an input or an option cannot be used
+  4    validation failed
+  130  interrupted
+
+Results go to standard output, everything else to standard error.
+"""
+
+
+class Commands(click.Group):
+    """A group whose commands end with an exit code and a message instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except KeyboardInterrupt:
+            click.echo("Interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # the reader of a pipe has seen enough: click ends quietly
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            ctx.exit(_report(error, ctx.find_object(Output)))
+
+
+def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
+    # Which line of which library warned says nothing to someone who typed a command.
+    click.echo(f"Warning: {message}", err=True)
+
+
+def _report(error: Exception, output: Output | None) -> int:
+    """Print an error and answer the exit code for it."""
+    suggestion = None
+    if isinstance(error, MonoQuantError):
+        message, suggestion = error.message, error.suggestion
+        code = VALIDATION_FAILED if isinstance(error, ValidationError) else INPUT_ERROR
+    elif isinstance(error, OSError):
+        message, code = str(error), INPUT_ERROR
+    elif isinstance(error, MemoryError):
+        message, code = "there is not enough memory", UNEXPECTED
+    else:
+        message, code = f"unexpected {type(error).__name__}: {error}", UNEXPECTED
+        suggestion = "Run again as 'monoquant --debug ...' for the traceback, and report it with the command."
+    click.echo(f"Error: {message}", err=True)
+    if suggestion:
+        click.echo(f"Suggestion: {suggestion}", err=True)
+    if output is not None and output.as_json:
+        output.document({"error": {"type": type(error).__name__, "message": message, "suggestion": suggestion}})
+    return code
+
+
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="monoquant")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Make PyTorch models smaller and faster, and prove that they still work."""
+    del debug  # Commands.invoke reads it
+
+
+for command in (quantize, info, compare, validate):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """Run the command line with the process's arguments and leave with its exit code."""
+    cli(prog_name="monoquant")
+    sys.exit(0)
+
+
+__all__ = ["cli", "main"]
