@@ -173,6 +173,11 @@ def test_a_batch_without_samples_is_named() -> None:
         list(iterate_batches(rows(2, 0)))
 
 
+def test_a_batch_without_values_is_named() -> None:
+    with pytest.raises(InputError, match=r"batch 1 holds no values.*meta"):
+        list(iterate_batches([torch.zeros(2, 4), torch.zeros(2, 4, device="meta")]))
+
+
 def test_a_batch_without_tensors_is_named() -> None:
     with pytest.raises(InputError, match="batch 0 holds no tensor"):
         list(iterate_batches([{"x": 3}]))

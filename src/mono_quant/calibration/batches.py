@@ -83,7 +83,7 @@ def require_usable(batch: Batch, index: int) -> Batch:
     """Answer ``batch`` if it holds samples and only finite numbers.
 
     Raises:
-        InputError: It holds no tensor, no sample, NaN or infinite values; says which batch.
+        InputError: It holds no tensor, no sample, no values (meta tensors), NaN or infinite values; says which batch.
     """
     tensors = list(tensors_in(batch.args, batch.kwargs))
     if not tensors:
@@ -91,6 +91,8 @@ def require_usable(batch: Batch, index: int) -> Batch:
     if batch.samples == 0:
         raise InputError(f"calibration batch {index} holds no samples: {batch.describe()}")
     for tensor in tensors:
+        if tensor.is_meta:
+            raise InputError(f"calibration batch {index} holds no values: {describe_value(tensor)}")
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
         low, high = torch.aminmax(tensor.detach())
