@@ -24,7 +24,7 @@ from mono_quant.core.mappers import QINT8
 from mono_quant.core.quantization_info import QuantizationInfo
 from mono_quant.errors import ConfigurationError, InputError, InputTypeError, QuantizationError, ValidationError
 from mono_quant.io import load_source
-from mono_quant.modules import disable_fused_path
+from mono_quant.modules import disable_fused_path, mark_layers_that_share
 from mono_quant.modules import fuse_activations as fuse_activation_modules
 from mono_quant.report import model_bytes
 
@@ -212,6 +212,7 @@ def _run_module(
     quantized = replace(model, selection.chosen, replacements, options.run_validation, progress)
     if options.compute_dtype is not None:
         cast_rest(quantized, options.compute_dtype)
+    mark_layers_that_share(quantized)
     if options.fuse_activations:
         fuse_activation_modules(quantized)
     for name in disable_fused_path(quantized):

@@ -15,7 +15,7 @@ from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.quantization_info import LayerInfo
 from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.errors import InputError, MonoQuantError
-from mono_quant.modules import QuantizedModule, mark_shared
+from mono_quant.modules import QuantizedModule
 
 #: Called after each layer with the number done, the number in all and the layer's name.
 Progress = Callable[[int, int, str], None]
@@ -44,7 +44,6 @@ class Replacements:
     signal: float = 0.0
     noise: float = 0.0
     _weights: dict[tuple[int, LayerScheme], QuantizedTensor | Tensor] = field(default_factory=dict)
-    _holders: dict[tuple[int, LayerScheme], list[QuantizedModule]] = field(default_factory=dict)
 
     def quantize(self, candidate: Candidate, measure: bool) -> QuantizedModule:
         """Answer the quantized layer of a candidate; tied weights are quantized once and stay tied."""
@@ -58,10 +57,6 @@ class Replacements:
         except MonoQuantError as error:
             raise type(error)(f"layer {candidate.name!r}: {error.message}", error.suggestion) from error
         self._weights[key] = quantized
-        holders = self._holders.setdefault(key, [])
-        holders.append(layer)
-        if len(holders) > 1:
-            mark_shared(holders)
         for name in _HOOKS:
             getattr(layer, name).update(getattr(module, name))
         stored = sum(tensor.nbytes for tensor in layer.buffers(recurse=False))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mono_quant.api.replace import cast_rest
 from mono_quant.api.state_dict import dequantize_state_dict
 from mono_quant.errors import InputTypeError
-from mono_quant.modules import FusedActivation, QuantizedModule, restore_fused_path
+from mono_quant.modules import restore_fused_path, standard_modules
 
 
 def revert_to_standard_modules(model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -30,37 +30,17 @@ def revert_to_standard_modules(model: nn.Module, inplace: bool = False) -> nn.Mo
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, found {type(model).__name__}")
-    memo: dict[int, object] = {}
-    tied: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        if isinstance(module, QuantizedModule):
-            memo[id(module)] = _revert(module, tied)
-        elif isinstance(module, FusedActivation):
-            memo[id(module)] = module.activation if inplace else copy.deepcopy(module.activation)
-    result = _replace(model, memo) if inplace else copy.deepcopy(model, memo)
+    standard = standard_modules(model, keep_activations=inplace)
+    result = _replace(model, standard) if inplace else copy.deepcopy(model, {**standard})
     restore_fused_path(result)
     return result
 
 
-def _revert(module: QuantizedModule, tied: dict[int, nn.Parameter]) -> nn.Module:
-    layer = module.to_float()
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    # Layers with tied weights hold one and the same tensor; one that is packed into tiles shares it with nobody.
-    stored = module._buffers.get("weight")
-    layer.weight = weight if stored is None else tied.setdefault(id(stored), weight)
-    return layer
-
-
-def _replace(model: nn.Module, replacements: dict[int, object]) -> nn.Module:
+def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            replacement = replacements.get(id(child))
-            if isinstance(replacement, nn.Module):
-                parent._modules[name] = replacement
-    result = replacements.get(id(model), model)
-    assert isinstance(result, nn.Module)
-    return result
+            parent._modules[name] = replacements.get(id(child), child)
+    return replacements.get(id(model), model)
 
 
 @overload

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mono_quant.core.layer_scheme import WEIGHT_ONLY
-from mono_quant.core.packing import unpack_int32
 from mono_quant.errors import CheckpointError, InputError
 from mono_quant.io.architecture import Blueprint, Expected, plan
 from mono_quant.io.checkpoint import Checkpoint
 from mono_quant.io.contents import copy_structure
-from mono_quant.modules import QuantizedModule, disable_fused_path, fuse_pair, mark_shared, restore_activations
+from mono_quant.modules import disable_fused_path, fuse_pair, mark_layers_that_share, restore_activations
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def assemble(
         raise _does_not_fit(checkpoint, architecture, problems)
     if missing or unexpected:
         listed = [f"missing: {name!r}" for name in missing] + [f"unexpected: {name!r}" for name in unexpected]
-        warnings.warn(f"{checkpoint.path}: tolerated {', '.join(listed)}", stacklevel=4)
+        warnings.warn(f"{checkpoint.path}: tolerated {', '.join(listed)}", stacklevel=3)
     loaded, rest = _load(checkpoint, architecture, blueprint, device)
     return _build(checkpoint, architecture, blueprint, loaded, rest, device)
 
@@ -96,9 +94,6 @@ def _misfits(checkpoint: Checkpoint, blueprint: Blueprint, tolerance: Tolerance)
             continue
         shape, dtype = checkpoint.describe(name)
         wanted, wanted_shape = expected.tensor.dtype, list(expected.tensor.shape)
-        bits = _packed_bits(checkpoint, name, dtype)
-        if bits is not None:
-            wanted, wanted_shape[0] = torch.int32, -(-wanted_shape[0] * bits // 32)
         if list(shape) != wanted_shape:
             problems.append(f"wrong shape: {name!r}, found {list(shape)}, expected {wanted_shape}")
         may_differ = not expected.exact_dtype and dtype.is_floating_point
@@ -116,6 +111,8 @@ def _load(
         CheckpointError: The architecture ties what differs in the file, or a stored shape is not the layer's.
     """
     given = set(checkpoint.names)
+    layers = {} if checkpoint.header is None else checkpoint.header.layers
+    shapes = {f"{layer}.weight_shape" if layer else "weight_shape" for layer in layers}
     parameters = {id(parameter) for parameter in architecture.parameters()}
     loaded: dict[int, Tensor] = {}
     rest: dict[str, Tensor] = {}
@@ -141,7 +138,7 @@ def _load(
             if is_parameter:
                 tensor = nn.Parameter(tensor, expected.tensor.requires_grad and tensor.is_floating_point())
             by_stored_name[stored, is_parameter] = tensor
-        if name.rpartition(".")[2] == "weight_shape" and tensor.tolist() != expected.tensor.tolist():
+        if name in shapes and tensor.tolist() != expected.tensor.tolist():
             problems.append(f"wrong shape: {name!r} says {tensor.tolist()}, expected {expected.tensor.tolist()}")
         loaded[key], source[key] = tensor, stored
     if problems:
@@ -153,20 +150,8 @@ def _read(checkpoint: Checkpoint, name: str, expected: Expected, device: torch.d
     """Answer a tensor in memory of its own, so that the file may change or vanish, laid out as the architecture's."""
     assert expected.tensor is not None
     tensor = checkpoint.read(name)
-    bits = _packed_bits(checkpoint, name, tensor.dtype)
-    if bits is not None:
-        tensor = unpack_int32(tensor.t(), bits, expected.tensor.shape[0]).t()
     own = torch.empty_like(expected.tensor, dtype=tensor.dtype, device=device, requires_grad=False)
     return own.copy_(tensor)
-
-
-def _packed_bits(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> int | None:
-    """Answer the width of zero points that are packed along the output channels, as in transformers' directories."""
-    layer, _, local = name.rpartition(".")
-    record = None if checkpoint.header is None else checkpoint.header.layers.get(layer)
-    if local != "weight_zero_point" or dtype != torch.int32 or record is None or record.scheme.kind != WEIGHT_ONLY:
-        return None
-    return record.scheme.bits
 
 
 def _build(
@@ -176,7 +161,6 @@ def _build(
     for layer in blueprint.layers.values():
         for local, buffer in list(layer._buffers.items()):
             layer.set_tensor(local, loaded.get(id(buffer), buffer))
-    _mark_tied(blueprint)
     memo: dict[int, Any] = {**loaded, **blueprint.layers}
     model = copy_structure(architecture, memo)
     if rest:
@@ -196,19 +180,11 @@ def _build(
             "device, without values for them",
             suggestion="Build the architecture on the CPU.",
         )
+    mark_layers_that_share(model)
     if checkpoint.header is not None:
         _fuse(checkpoint, model)
     disable_fused_path(model)
     return model if device is None else model.to(device)
-
-
-def _mark_tied(blueprint: Blueprint) -> None:
-    sharing: dict[int, list[QuantizedModule]] = {}
-    for layer in blueprint.layers.values():
-        sharing.setdefault(id(layer._buffers.get("weight")), []).append(layer)
-    for layers in sharing.values():
-        if len(layers) > 1:
-            mark_shared(layers)
 
 
 def _fuse(checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -12,6 +12,8 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from mono_quant.core.layer_scheme import WEIGHT_ONLY
+from mono_quant.core.packing import unpack_int32
 from mono_quant.errors import CheckpointError, InputTypeError
 from mono_quant.io.header import HEADER_KEY, CheckpointHeader, parse_header
 from mono_quant.io.safetensors_file import SafetensorsFile
@@ -39,6 +41,13 @@ class TensorFile(Protocol):
     def read(self, name: str) -> Tensor: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _PackedZeroPoint:
+    channels: int
+    groups: int
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,30 @@ class Checkpoint:
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Answer shape and dtype of a tensor without reading it."""
+        packed = self._packed_zero_point(name)
+        if packed is not None:
+            return (packed.channels, packed.groups), torch.int8
         return self.file.describe(self.stored_name(name))
 
     def read(self, name: str) -> Tensor:
         """Answer a tensor that may be mapped from the file."""
-        return self.file.read(self.stored_name(name))
+        tensor = self.file.read(self.stored_name(name))
+        packed = self._packed_zero_point(name)
+        return tensor if packed is None else unpack_int32(tensor.t(), packed.bits, packed.channels).t()
+
+    def _packed_zero_point(self, name: str) -> _PackedZeroPoint | None:
+        """Answer how a zero point is packed along the output channels, as compressed-tensors does in directories."""
+        layer, _, local = name.rpartition(".")
+        record = None if self.header is None else self.header.layers.get(layer)
+        if local != "weight_zero_point" or record is None or record.scheme.kind != WEIGHT_ONLY:
+            return None
+        scale = self.stored_name(f"{layer}.weight_scale" if layer else "weight_scale")
+        shape, dtype = self.file.describe(self.stored_name(name))
+        of_scale = self.file.describe(scale)[0] if scale in self.file.names else ()
+        bits = record.scheme.bits
+        if dtype != torch.int32 or len(of_scale) != 2 or shape != (-(-of_scale[0] * bits // 32), of_scale[1]):
+            return None
+        return _PackedZeroPoint(*of_scale, bits)
 
 
 def checkpoint_path(path: object) -> Path:
@@ -143,6 +171,9 @@ def _file_of_directory(directory: Path) -> Path:
 
 def _require_readable(path: Path) -> None:
     try:
+        if path.exists() and not path.is_file():
+            # Reading a pipe or a device may never end.
+            raise CheckpointError(f"{path} is not a regular file", suggestion="Check the path.")
         with path.open("rb") as stream:
             if not stream.read(1):
                 raise CheckpointError(f"{path} is empty", suggestion="Copy, download or save it again.")

@@ -18,7 +18,7 @@ from mono_quant.errors import CheckpointError, ConfigurationError, InputError, I
 from mono_quant.integrations import QuantizedConv1D
 from mono_quant.integrations.conv1d import CONV1D
 from mono_quant.io.header import MEASUREMENTS, CheckpointHeader, LayerRecord
-from mono_quant.modules import QuantizedModule, fused_pairs
+from mono_quant.modules import QuantizedModule, fused_pairs, standard_modules
 
 Model = nn.Module | Mapping[str, Tensor]
 
@@ -77,18 +77,10 @@ def with_standard_layers(model: nn.Module) -> nn.Module:
         InputError: The model holds something that cannot be copied.
     """
     memo: dict[int, Any] = {}
-    weights: dict[tuple[object, ...], nn.Parameter] = {}
     for module in model.modules():
         memo.update({id(tensor): tensor for tensor in module._parameters.values() if tensor is not None})
         memo.update({id(tensor): tensor for tensor in module._buffers.values() if tensor is not None})
-    for module in model.modules():
-        if isinstance(module, QuantizedModule):
-            layer: Any = module.to_float()
-            # Tied layers hold the same buffer; one that is rebuilt at each reading belongs to a single layer.
-            codes = module._buffers.get("weight", module._buffers.get("weight_packed"))
-            key = (id(module if codes is None else codes), layer.weight.shape)
-            layer.weight = weights.setdefault(key, layer.weight)
-            memo[id(module)] = layer
+    memo.update(standard_modules(model))
     return copy_structure(model, memo)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.errors import CheckpointError, InputTypeError
-from mono_quant.integrations.transformers import empty_transformers, is_transformers_directory
+from mono_quant.integrations.transformers import empty_transformers, is_transformers_directory, load_transformers
 from mono_quant.io.assemble import Tolerance, assemble
-from mono_quant.io.checkpoint import SAFETENSORS, TORCH, Checkpoint, checkpoint_path, open_checkpoint
+from mono_quant.io.checkpoint import SAFETENSORS, TORCH, Checkpoint, checkpoint_path, find_header, open_checkpoint
 
 
 def load_model(
@@ -25,7 +25,8 @@ def load_model(
     """Load a checkpoint: the model that was saved, to the bit, if its architecture is known; else its tensors.
 
     Args:
-        path: A ``.safetensors``, ``.pt`` or ``.pth`` file, or a directory that :func:`mono_quant.save_model` wrote.
+        path: A ``.safetensors``, ``.pt`` or ``.pth`` file, or a transformers directory, with a quantized model that
+            :func:`mono_quant.save_model` wrote or with a float one.
         model: The architecture: a float module (also on the ``meta`` device), which stays as it is, or a
             transformers directory, of which only ``config.json`` is read. A directory as ``path`` has its own. (A
             ``torch.device`` stands for ``device``, as in mono-quant 1.1.)
@@ -49,10 +50,13 @@ def load_model(
     source = checkpoint_path(path)
     if isinstance(model, torch.device):
         model, device = None, model
+    target = None if device is None else torch.device(device)
     if model is None and is_transformers_directory(source):
+        if find_header(source) is None:
+            loaded = load_transformers(source)
+            return loaded if target is None else loaded.to(target)
         model = source
     with open_checkpoint(source, allow_pickle) as checkpoint:
-        target = None if device is None else torch.device(device)
         if model is None:
             return _plain(checkpoint, target)
         architecture = _architecture(model)

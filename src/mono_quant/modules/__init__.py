@@ -24,8 +24,9 @@ from mono_quant.modules.fusion import (
     restore_activations,
 )
 from mono_quant.modules.linear import QuantizedLinear, quantize_linear_module
-from mono_quant.modules.packed import PackedWeight, mark_shared
+from mono_quant.modules.packed import PackedWeight, mark_layers_that_share, mark_shared
 from mono_quant.modules.registry import counterpart, counterpart_for_scheme, register
+from mono_quant.modules.revert import standard_modules
 from mono_quant.modules.transformer import disable_fused_path, restore_fused_path
 from mono_quant.modules.weight_only import WeightOnlyLinear, quantize_linear_module_int4
 
@@ -46,6 +47,7 @@ __all__ = [
     "fuse_activations",
     "fuse_pair",
     "fused_pairs",
+    "mark_layers_that_share",
     "mark_shared",
     "quantize_conv1d_module",
     "quantize_conv2d_module",
@@ -57,4 +59,5 @@ __all__ = [
     "register",
     "restore_activations",
     "restore_fused_path",
+    "standard_modules",
 ]

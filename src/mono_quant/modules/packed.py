@@ -7,7 +7,7 @@ from threading import Lock
 from typing import Any, Final, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mono_quant.modules.base import QuantizedModule
 from mono_quant.ops import get_backend
@@ -130,3 +130,14 @@ def mark_shared(layers: Iterable[QuantizedModule]) -> None:
     for layer in layers:
         if isinstance(layer, PackedWeight):
             layer.shares_weight = True
+
+
+def mark_layers_that_share(model: nn.Module) -> None:
+    """Call :func:`mark_shared` for every group of layers in ``model`` that hold one and the same weight tensor."""
+    holders: dict[int, list[QuantizedModule]] = {}
+    for module in model.modules():
+        if isinstance(module, QuantizedModule) and module._buffers.get("weight") is not None:
+            holders.setdefault(id(module._buffers["weight"]), []).append(module)
+    for layers in holders.values():
+        if len(layers) > 1:
+            mark_shared(layers)
