@@ -172,6 +172,17 @@ def test_quantizing_what_was_dequantized_changes_nothing(case: Case) -> None:
     assert torch.equal(again.codes, layer.codes)
 
 
+@every_layer
+def test_a_float_weight_cannot_be_assigned(case: Case, scheme: LayerScheme) -> None:
+    layer = case.quantized(scheme)
+    x = case.inputs(2)
+    expected = layer(x)
+    for value in (layer.weight.clone(), nn.Parameter(layer.weight)):
+        with pytest.raises(InputTypeError, match="cannot be set"):
+            layer.weight = value
+    assert torch.equal(layer(x), expected)
+
+
 @every_case
 def test_training_mode_is_kept(case: Case) -> None:
     assert quantize(case.make().eval(), SYMMETRIC).training is False

@@ -52,6 +52,18 @@ class QuantizedModule(nn.Module):
         self.set_tensor("weight_zero_point", torch.zeros(per_channel, dtype=torch.int8) if has_zero_point else None)
         self.set_tensor("bias", None if bias is None else bias.detach().clone())
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, Tensor):
+            stored = torch.float16 if self.scheme.kind == FLOAT16 else torch.int8
+            # nn.Module would put floats where the codes are, or drop the codes for a parameter, without a word.
+            if isinstance(value, nn.Parameter) or value.dtype != stored:
+                raise InputTypeError(
+                    f"the weight of a {type(self).__name__} is stored as {stored} and cannot be set to a "
+                    f"{type(value).__name__} of {value.dtype}",
+                    suggestion="Change the float layer and quantize it again.",
+                )
+        super().__setattr__(name, value)
+
     def set_tensor(self, name: str, tensor: Tensor | None) -> None:
         """Store a buffer, or the absence of one as a plain ``None``.
 
