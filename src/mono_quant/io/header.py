@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -172,15 +172,8 @@ def _scheme(reader: _Reader, where: str, values: object) -> LayerScheme:
     except (ConfigurationError, TypeError, ValueError) as error:
         reason = error.message if isinstance(error, ConfigurationError) else str(error)
         raise reader.fail(f"{where}: {reason}") from error
-    checks: dict[str, Callable[[Any], bool]] = {
-        "bits": lambda bits: type(bits) is int,
-        "symmetric": lambda flag: type(flag) is bool,
-        "per_channel": lambda flag: type(flag) is bool,
-        "group_size": lambda size: size is None or (type(size) is int and size > 0),
-    }
-    for name, check in checks.items():
-        if not check(getattr(scheme, name)):
-            raise reader.fail(f"{where}: {name} has the impossible value {getattr(scheme, name)!r}")
+    if type(scheme.bits) is not int:
+        raise reader.fail(f"{where}: bits={scheme.bits!r} is not an integer")
     return scheme
 
 

@@ -101,9 +101,10 @@ def _load(path: Path, allow_pickle: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=is_archive)
     except pickle.UnpicklingError as error:
-        if allow_pickle or "Unsupported" not in str(error):
-            raise _damaged(path, error) from error
+        # An archive vouches for its bytes with checksums; an old file that does not get as far as a name is damaged.
         found = re.search(r"GLOBAL (\S+)", str(error))
+        if allow_pickle or not (is_archive or found):
+            raise _damaged(path, error) from error
         raise CheckpointError(
             f"{path} holds more than plain tensors{f' ({found[1]})' if found else ''}, and unpickling it can run code",
             suggestion="If you trust its source, pass allow_pickle=True; better, save the state dict alone.",
