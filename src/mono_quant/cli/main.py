@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import traceback
 import warnings
@@ -67,6 +68,18 @@ def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
     click.echo(f"Warning: {message}", err=True)
 
 
+def _in_options(text: str) -> str:
+    """Spell the library's options as the command line does."""
+    text = re.sub(r"\b(allow_pickle)=True\b", "--allow-pickle", text)
+    text = text.replace("dynamic=False", "--static")
+    text = re.sub(r"\b(include|skip)=(?=[\s.,]|$)", r"--\1", text)
+    return re.sub(r"\b(bits|group_size|min_parameters|compute_dtype)=(?=\w)", _option, text)
+
+
+def _option(match: re.Match[str]) -> str:
+    return f"--{match[1].replace('_', '-')} "
+
+
 def _report(error: Exception, output: Output | None) -> int:
     """Print an error and answer the exit code for it."""
     suggestion = None
@@ -80,6 +93,7 @@ def _report(error: Exception, output: Output | None) -> int:
     else:
         message, code = f"unexpected {type(error).__name__}: {error}", UNEXPECTED
         suggestion = "Run again as 'monoquant --debug ...' for the traceback, and report it with the command."
+    message, suggestion = _in_options(message), suggestion and _in_options(suggestion)
     click.echo(f"Error: {message}", err=True)
     if suggestion:
         click.echo(f"Suggestion: {suggestion}", err=True)

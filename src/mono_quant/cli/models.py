@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mono_quant.errors import InputError
-from mono_quant.io import LayerRecord, load_model, load_source
-from mono_quant.io.checkpoint import DIRECTORY_FILE
-from mono_quant.report import Inputs, example_inputs, inspect_file, load_inputs
+from mono_quant.io import LayerRecord, find_header, load_model, load_source
+from mono_quant.report import Inputs, example_inputs, load_inputs
 
 #: A module to load tensors into, or the transformers directory that describes one.
 Architecture = nn.Module | Path
@@ -60,10 +59,7 @@ def load(argument: str, architecture: Architecture | None = None, allow_pickle: 
         module, inputs = _module_from_factory(argument)
         return LoadedModel(argument, module, inputs)
     path = existing_path(argument)
-    # Other directories of transformers have their weights in several files, or in files of PyTorch.
-    header = (
-        None if path.is_dir() and not (path / DIRECTORY_FILE).is_file() else inspect_file(path, allow_pickle).header
-    )
+    header = find_header(path, allow_pickle)
     records = None if header is None else header.layers
     if path.is_dir():
         return LoadedModel(argument, _evaluating(load_model(path) if records else load_source(path)))
@@ -153,7 +149,7 @@ def choose_inputs(option: str | None, models: list[LoadedModel], batch: int, len
             )
         if not is_factory(option):
             return load_inputs(option)
-        answer: Inputs = _call(option, "the inputs")
+        answer: Inputs = _call(option, "the loader")
         return answer
     if tensors_only:
         return None
@@ -168,14 +164,14 @@ def choose_inputs(option: str | None, models: list[LoadedModel], batch: int, len
 
 
 def _module_from_factory(argument: str) -> tuple[nn.Module, Any]:
-    answer = _call(argument, "the model")
+    answer = _call(argument, "the factory")
     inputs = None
     if isinstance(answer, tuple) and len(answer) == 2:
         answer, inputs = answer
     if not isinstance(answer, nn.Module):
         raise InputError(
-            f"the factory {argument!r} answered a {type(answer).__name__}; expected a torch.nn.Module, or a module "
-            "and example inputs"
+            f"the factory {argument!r} answered something of type {type(answer).__name__}; expected a torch.nn.Module, "
+            "or a module and example inputs"
         )
     return answer.eval(), inputs
 

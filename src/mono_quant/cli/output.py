@@ -60,7 +60,10 @@ class Output:
         """Print a table; columns named in ``numbers`` are aligned to the right."""
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
         for column in columns:
-            table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+            right = column in numbers
+            table.add_column(
+                column, justify="right" if right else "left", overflow="fold", no_wrap=column == columns[0]
+            )
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         if self.results.is_terminal:

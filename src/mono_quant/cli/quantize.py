@@ -15,7 +15,7 @@ from mono_quant.cli.models import is_factory, load, load_architecture
 from mono_quant.cli.options import json_option, loading_options
 from mono_quant.cli.output import Output, decibels_text, layer_facts, seconds_text, size_text
 from mono_quant.core import QuantizationInfo
-from mono_quant.errors import ConfigurationError
+from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.integrations.transformers import is_transformers_model
 from mono_quant.io.checkpoint import DIRECTORY_FILE
 
@@ -85,6 +85,11 @@ def quantize(
     path = _choose_output(argument, output_path, force)
     output.message(f"Loading {argument}")
     loaded = load(argument, load_architecture(architecture), allow_pickle)
+    if loaded.records:
+        raise InputError(
+            f"{argument} is quantized already ({len(loaded.records)} layers)",
+            suggestion="Quantize the float model that it was made from.",
+        )
     is_transformers = isinstance(loaded.model, nn.Module) and is_transformers_model(loaded.model)
     if not path.suffix and not is_transformers:
         raise ConfigurationError(f"--output {path} has no suffix: only transformers models are saved as directories")

@@ -6,7 +6,7 @@ import click
 
 from mono_quant.cli.models import choose_inputs, existing_path, is_factory, load_pair
 from mono_quant.cli.options import input_options, json_option, loading_options
-from mono_quant.cli.output import Output, decibels_text
+from mono_quant.cli.output import Output, decibels_text, size_text
 from mono_quant.report import ValidationResult, validate_checkpoint, validate_quantization
 
 
@@ -75,7 +75,8 @@ def _print(output: Output, title: str, result: ValidationResult, failed: bool) -
     facts.append(("weights in range", "yes" if result.weight_range_valid else "no"))
     facts.append(("same after saving and loading", "yes" if result.load_test_passed else "no"))
     if result.original_size_mb is not None and result.quantized_size_mb is not None:
-        facts.append(("size", f"{result.original_size_mb:.1f} MiB -> {result.quantized_size_mb:.1f} MiB"))
+        before, after = (size_text(round(size * 2**20)) for size in (result.original_size_mb, result.quantized_size_mb))
+        facts.append(("size", f"{before} -> {after} (ratio {1 / (result.compression_ratio or 1):.3f})"))
         facts.append(("SQNR of weights", decibels_text(result.sqnr_db)))
     if result.output_sqnr_db is not None:
         facts.append(("SQNR of outputs", f"{decibels_text(result.output_sqnr_db)} (the lowest)"))
