@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,12 +117,21 @@ def answer(name: str, model: nn.Module) -> Tensor:
     return out
 
 
-def answer_of_file(name: str, path: str) -> None:
-    """Load a checkpoint and save its model's answer beside it: what a fresh process does."""
-    torch.manual_seed(99)
-    model = mono_quant.load_model(path, build(name))
-    assert isinstance(model, nn.Module)
-    torch.save(answer(name, model), Path(path).with_suffix(".answer"))
+def answer_of_files(directory: str) -> None:
+    """Load each model's checkpoint in a directory and save its answer beside it: what a fresh process does."""
+    for name in BUILDERS:
+        torch.manual_seed(99)
+        path = Path(directory) / f"{name}.safetensors"
+        model = mono_quant.load_model(path, build(name))
+        assert isinstance(model, nn.Module)
+        torch.save(answer(name, model), path.with_suffix(".answer"))
+
+
+def python(code: str, **options: Any) -> subprocess.Popen[str]:
+    """Start a fresh interpreter on ``code``, with warnings as errors and the same import path."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.Popen(command, env=environment, text=True, **options)
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
