@@ -25,6 +25,7 @@ from transformers.utils import logging
 #: Batch x length of the latency measurements.
 SHAPES = ((1, 32), (8, 64), (32, 128))
 SENTENCES = 512
+SETS = 4
 WIDTH = 384
 
 #: From token ids and attention mask ``[batch, length]`` to hidden states ``[batch, length, WIDTH]``.
@@ -71,16 +72,23 @@ def _all_sentences() -> tuple[str, ...]:
     return tuple(found)
 
 
-def evaluation_sentences(count: int = SENTENCES) -> list[str]:
-    """Answer ``count`` sentences, spread evenly over the text."""
+def evaluation_sets() -> list[list[str]]:
+    """Answer disjoint sets of :data:`SENTENCES` sentences each, consecutive in the text.
+
+    The first is the one that figures are quoted for; the others show how far a figure depends on the choice.
+    """
     everything = _all_sentences()
-    return [everything[i * len(everything) // count] for i in range(count)]
+    return [list(everything[i * SENTENCES : (i + 1) * SENTENCES]) for i in range(SETS)]
+
+
+def evaluation_sentences() -> list[str]:
+    """Answer the first of :func:`evaluation_sets`."""
+    return evaluation_sets()[0]
 
 
 def calibration_sentences(count: int = 300) -> list[str]:
-    """Answer ``count`` sentences that are not among the evaluation's, for engines that need to see data first."""
-    evaluation = set(evaluation_sentences())
-    others = [sentence for sentence in _all_sentences() if sentence not in evaluation]
+    """Answer ``count`` sentences of none of the sets, for engines that need to see data first."""
+    others = _all_sentences()[SETS * SENTENCES :]
     return [others[i * len(others) // count] for i in range(count)]
 
 

@@ -7,11 +7,12 @@ import torch
 from benchmarks import minilm
 
 
-def test_evaluation_and_calibration_sentences_are_distinct_and_do_not_overlap() -> None:
-    evaluation, calibration = minilm.evaluation_sentences(), minilm.calibration_sentences()
-    assert (len(evaluation), len(calibration)) == (512, 300)
-    assert len({*evaluation, *calibration}) == 812
-    assert all(8 <= len(sentence.split()) <= 60 for sentence in evaluation)
+def test_evaluation_sets_and_calibration_sentences_are_distinct_and_do_not_overlap() -> None:
+    sets, calibration = minilm.evaluation_sets(), minilm.calibration_sentences()
+    assert [len(sentences) for sentences in sets] == [512] * minilm.SETS
+    everything = [sentence for sentences in (*sets, calibration) for sentence in sentences]
+    assert len(set(everything)) == len(everything) == 512 * minilm.SETS + 300
+    assert all(8 <= len(sentence.split()) <= 60 for sentence in everything)
 
 
 def test_a_full_batch_is_real_text_without_padding() -> None:
@@ -30,7 +31,7 @@ def test_pooling_ignores_padding_and_answers_length_one() -> None:
 
 
 def test_sentences_keep_their_places_although_batches_are_sorted_by_length() -> None:
-    sentences = minilm.evaluation_sentences(40)
+    sentences = minilm.evaluation_sentences()[:40]
 
     def first_token_code(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return (

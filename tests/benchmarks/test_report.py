@@ -29,7 +29,12 @@ MODELS = {
         {
             "name": "some engine",
             "disk_bytes": 23_000_000,
-            "accuracy": {"mean_cosine": 0.99, "lowest_cosine": 0.9, "neighbours": 0.96},
+            "accuracy": {
+                "mean_cosine": 0.99,
+                "lowest_cosine": 0.9,
+                "neighbours": 0.96,
+                "neighbours_of_sets": [0.96, 0.95, 0.97],
+            },
             "latency": {"8x64": TIMING},
         }
     ],
@@ -56,7 +61,7 @@ def test_a_table_names_processor_date_and_versions() -> None:
 
 def test_the_models_table_has_latency_ratio_accuracy_size_and_what_was_left_out() -> None:
     table = report.models_table(MODELS)
-    assert "| some engine | 2.0 (0.50) | 0.960 | 0.9900 | 23.0 |" in table
+    assert "| some engine | 2.0 (0.50) | 0.960 | 0.950 to 0.970 | 0.9900 | 23.0 |" in table
     assert "Left out: other cannot be imported: no module." in table
     assert "Quantizing in place takes 0.40 s of CPU time, at most 1.05 times the model's bytes resident." in table
     assert "Quantizing a copy takes 0.50 s of CPU time." in table
