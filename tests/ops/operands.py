@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mono_quant.core import pack_tiles, quantize_weight_int8
+from mono_quant.errors import ConfigurationError, InputError
 
 OPS = torch.ops.mono_quant
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+# Kernels outside Python can only raise RuntimeError.
+REFUSED = (InputError, ConfigurationError, RuntimeError, IndexError)
 
 EXACT_ACTIVATIONS = {
     "none": lambda x: x,

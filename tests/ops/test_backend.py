@@ -75,10 +75,9 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("name", ["reference", "torch"])
-def test_the_environment_chooses(name: str) -> None:
-    finished = run_python("import mono_quant.ops as ops; print(ops.get_backend())", MONO_QUANT_BACKEND=name)
-    assert finished.stdout.split() == [name], finished.stderr
+def test_the_environment_chooses() -> None:
+    finished = run_python("import mono_quant.ops as ops; print(ops.get_backend())", MONO_QUANT_BACKEND="reference")
+    assert finished.stdout.split() == ["reference"], finished.stderr
 
 
 def test_an_environment_that_names_no_backend_is_an_error_that_says_so() -> None:

@@ -1,21 +1,20 @@
-"""What every backend must compute: the operators against exact arithmetic."""
+"""What every backend must compute: quantized rows and linear layers against exact arithmetic."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mono_quant import ops
-from mono_quant.core import QuantizedTensor, pack_int32, pack_tiles, quantize_weight_groupwise, quantize_weight_int8
-from mono_quant.errors import ConfigurationError, InputError
+from mono_quant.core import pack_int32, pack_tiles
 from tests.ops.operands import (
     ACTIVATIONS,
     DTYPES,
     OPS,
-    ConvWeight,
+    REFUSED,
     LinearWeight,
     assert_rounded_from,
     in_dtype,
@@ -24,9 +23,6 @@ from tests.ops.operands import (
 )
 
 ORDINARY = ("normal", "zero", "positive", "negative", "outlier", "ties")
-
-# Kernels outside Python can only raise RuntimeError.
-REFUSED = (InputError, ConfigurationError, RuntimeError, IndexError)
 
 
 def exactly(x: Tensor, weight: Tensor) -> Tensor:
@@ -273,195 +269,3 @@ class TestWeightLayout:
     def test_tiles_of_another_size_are_refused(self) -> None:
         with pytest.raises(REFUSED):
             OPS.unpack_weight(OPS.pack_weight(torch.zeros(16, 64, dtype=torch.int8)), 17, 64)
-
-
-@pytest.mark.usefixtures("backend")
-class TestEmbedding:
-    @given(
-        rows_=st.integers(1, 20), columns=st.integers(0, 40), shape=st.lists(st.integers(0, 4), max_size=3),
-        symmetric=st.booleans(), dtype=st.sampled_from(DTYPES), index_dtype=st.sampled_from([torch.int32, torch.int64]),
-    )  # fmt: skip
-    def test_looks_up_dequantized_rows(
-        self, rows_: int, columns: int, shape: list[int], symmetric: bool, dtype: torch.dtype, index_dtype: torch.dtype
-    ) -> None:
-        quantized = quantize_weight_int8(torch.randn(rows_, columns), symmetric)
-        zero_point = None if quantized.zero_point is None else quantized.zero_point[:, None]
-        indices = torch.randint(0, rows_, shape, dtype=index_dtype)
-        answer = OPS.embedding(indices, quantized.codes, quantized.scale[:, None], zero_point, dtype)
-        assert answer.dtype == dtype
-        assert torch.equal(answer, quantized.dequantize(dtype)[indices.long()])
-
-    def test_indices_of_any_strides(self) -> None:
-        quantized = quantize_weight_int8(torch.randn(10, 5), symmetric=True)
-        indices = torch.randint(0, 10, (4, 6)).t()[::2]
-        answer = OPS.embedding(indices, quantized.codes, quantized.scale[:, None], None, torch.float32)
-        assert torch.equal(answer, quantized.dequantize()[indices])
-
-    @pytest.mark.parametrize("index", [-1, 10, 2**40, -(2**40)])
-    def test_an_index_out_of_range_is_refused(self, index: int) -> None:
-        codes, scale = torch.zeros(10, 5, dtype=torch.int8), torch.ones(10, 1)
-        with pytest.raises((IndexError, RuntimeError), match="out of range"):
-            OPS.embedding(torch.tensor([0, index]), codes, scale, None, torch.float32)
-
-
-CONVOLUTIONS = [
-    {"in_channels": 3, "out_channels": 5, "kernel": (3,), "padding": 1},
-    {"in_channels": 4, "out_channels": 6, "kernel": (4,), "stride": 2, "dilation": 2, "groups": 2},
-    {"in_channels": 3, "out_channels": 8, "kernel": (3, 3), "padding": 1},
-    {"in_channels": 16, "out_channels": 16, "kernel": (1, 1)},
-    {"in_channels": 8, "out_channels": 8, "kernel": (3, 3), "padding": 2, "stride": 2, "groups": 8},
-    {"in_channels": 6, "out_channels": 9, "kernel": (2, 3), "dilation": 2, "groups": 3, "padding": 3},
-    {"in_channels": 2, "out_channels": 4, "kernel": (3, 2, 1), "padding": 1, "stride": 2},
-]
-
-
-@pytest.mark.usefixtures("backend")
-class TestConv:
-    @pytest.mark.parametrize("arguments", CONVOLUTIONS)
-    @pytest.mark.parametrize("symmetric", [True, False])
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_is_the_integer_convolution_scaled(
-        self, arguments: dict[str, object], symmetric: bool, dtype: torch.dtype
-    ) -> None:
-        weight = ConvWeight.random(**arguments, symmetric=symmetric)  # type: ignore[arg-type]
-        spatial = [9, 8, 7][: len(weight.codes.shape) - 2]
-        for batch, offset in ((1, 0.0), (3, 1.0)):
-            x = (torch.randn(batch, arguments["in_channels"], *spatial) * 2 + offset).to(dtype)  # type: ignore[call-overload]
-            answer = weight.convolve(x)
-            assert answer.dtype == dtype
-            assert_rounded_from(answer, *weight.exact(x))
-
-    @settings(max_examples=12)
-    @given(
-        batch=st.integers(1, 3), groups=st.integers(1, 3), size=st.integers(3, 8), kernel=st.integers(1, 3),
-        stride=st.integers(1, 3), padding=st.integers(0, 2), symmetric=st.booleans(), bias=st.booleans(),
-    )  # fmt: skip
-    def test_any_geometry(
-        self, batch: int, groups: int, size: int, kernel: int, stride: int, padding: int, symmetric: bool, bias: bool
-    ) -> None:
-        weight = ConvWeight.random(
-            2 * groups, 3 * groups, (kernel, kernel), stride=stride, padding=padding, groups=groups,
-            symmetric=symmetric, bias=bias,
-        )  # fmt: skip
-        x = torch.randn(batch, 3 * groups, size, size + 1)
-        assert_rounded_from(weight.convolve(x), *weight.exact(x))
-
-    def test_padding_is_with_real_zeros(self) -> None:
-        # All-positive input: its codes' zero point is 0 only because the range is widened; negative: it is 255.
-        weight = ConvWeight(torch.ones(1, 1, 3, 3, dtype=torch.int8), torch.ones(1, 1, 1, 1), None, None, {
-            "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1,
-        })  # fmt: skip
-        for value in (255.0, -255.0):
-            answer = weight.convolve(torch.full((1, 1, 3, 3), value))
-            assert (answer[0, 0] / value).tolist() == [[4, 6, 4], [6, 9, 6], [4, 6, 4]]
-
-    @pytest.mark.parametrize("zero_point", [None, 127])
-    def test_long_sums_do_not_overflow(self, zero_point: int | None) -> None:
-        for channels in (33_500, 66_600):
-            shift = None if zero_point is None else torch.full((2, 1, 1), zero_point, dtype=torch.int8)
-            weight = ConvWeight(
-                torch.full((2, channels, 1), -128, dtype=torch.int8), torch.ones(2, 1, 1), shift, None,
-                {"stride": [1], "padding": [0], "dilation": [1], "groups": 1},
-            )  # fmt: skip
-            answer = weight.convolve(torch.full((1, channels, 1), 255.0))
-            expected = 255.0 * (-128 - (zero_point or 0)) * channels
-            torch.testing.assert_close(answer, torch.full((1, 2, 1), expected), rtol=3e-7, atol=0)
-
-    @pytest.mark.parametrize("batch", [0, 2])
-    def test_empty_batches(self, batch: int) -> None:
-        weight = ConvWeight.random(4, 3, (3, 3), padding=1)
-        assert weight.convolve(torch.randn(batch, 3, 5, 6)).shape == (batch, 4, 5, 6)
-
-    @pytest.mark.parametrize("symmetric", [True, False])
-    def test_strides_make_no_difference(self, symmetric: bool) -> None:
-        weight = ConvWeight.random(8, 6, (3, 3), padding=1, symmetric=symmetric)
-        x = torch.randn(2, 6, 9, 10)
-        expected = weight.convolve(x)
-        for view in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
-            assert torch.equal(weight.convolve(view), expected)
-        wide = torch.randn(4, 6, 9, 20)
-        assert torch.equal(weight.convolve(wide[::2, :, :, ::2]), weight.convolve(wide[::2, :, :, ::2].contiguous()))
-
-
-@pytest.mark.usefixtures("backend")
-class TestWeightOnly:
-    @given(
-        shape=st.tuples(st.integers(0, 4), st.integers(1, 30), st.integers(1, 4), st.integers(1, 40)),
-        bits=st.sampled_from([4, 8]), symmetric=st.booleans(), bias=st.booleans(), dtype=st.sampled_from(DTYPES),
-    )  # fmt: skip
-    def test_multiplies_with_the_dequantized_weight(
-        self, shape: tuple[int, int, int, int], bits: int, symmetric: bool, bias: bool, dtype: torch.dtype
-    ) -> None:
-        m, n, groups, size = shape
-        x, offset = torch.randn(m, groups * size).to(dtype), torch.randn(n) if bias else None
-        quantized = quantize_weight_groupwise(torch.randn(n, groups * size), size, symmetric, bits)
-        answer = OPS.linear_weight_only(
-            x,
-            pack_int32(quantized.codes, bits),
-            quantized.scale,
-            quantized.zero_point,
-            offset,
-            groups * size,
-            bits,
-            size,
-        )
-        assert answer.dtype == dtype
-        self.assert_float_product(answer, x, quantized, offset)
-
-    @given(
-        m=st.integers(0, 4), n=st.integers(0, 30), k=st.integers(0, 80), bias=st.booleans(),
-        dtype=st.sampled_from(DTYPES),
-    )  # fmt: skip
-    def test_half_multiplies_with_the_float16_weight(
-        self, m: int, n: int, k: int, bias: bool, dtype: torch.dtype
-    ) -> None:
-        x, weight, offset = torch.randn(m, k).to(dtype), torch.randn(n, k).half(), torch.randn(n) if bias else None
-        answer = OPS.linear_half(x, weight, offset)
-        assert answer.dtype == dtype
-        self.assert_float_product(answer, x, weight, offset)
-
-    @staticmethod
-    def assert_float_product(
-        answer: Tensor, x: Tensor, weight: QuantizedTensor | Tensor, offset: Tensor | None
-    ) -> None:
-        values = weight.dequantize().double() if isinstance(weight, QuantizedTensor) else weight.double()
-        bias = torch.zeros(values.shape[0]).double() if offset is None else offset.double()
-        exact = x.double() @ values.t() + bias
-        # The bound of a float32 sum in any order (Higham, "Accuracy and Stability of Numerical Algorithms", 3.1).
-        magnitude = x.double().abs() @ values.abs().t() + bias.abs()
-        assert_rounded_from(answer, exact, magnitude * (x.shape[1] + 4) / 6)
-
-    @pytest.mark.parametrize("shape", [(24,), (2, 24), (2, 3, 24), (1, 2, 1, 2, 24), (0, 24), (3, 0, 24)])
-    def test_inputs_of_any_rank_and_no_rows(self, shape: tuple[int, ...]) -> None:
-        quantized = quantize_weight_groupwise(torch.randn(7, 24), 8)
-        packed = pack_int32(quantized.codes, 4)
-        x = torch.randn(shape)
-        for answer in (
-            OPS.linear_weight_only(x, packed, quantized.scale, None, None, 24, 4, 8),
-            OPS.linear_half(x, torch.randn(7, 24).half(), None),
-        ):
-            assert answer.shape == (*shape[:-1], 7)
-            assert answer.is_contiguous()
-
-    def test_without_inputs_the_answer_is_the_bias(self) -> None:
-        bias = torch.randn(4)
-        empty = torch.zeros(4, 0, dtype=torch.int32)
-        for answer in (
-            OPS.linear_weight_only(torch.randn(3, 0), empty, torch.ones(4, 0), None, bias, 0, 4, 1),
-            OPS.linear_half(torch.randn(3, 0), torch.randn(4, 0).half(), bias),
-        ):
-            assert torch.equal(answer, bias.expand(3, 4))
-
-    def test_inputs_of_any_strides(self) -> None:
-        quantized = quantize_weight_groupwise(torch.randn(7, 24), 8)
-        packed, half = pack_int32(quantized.codes, 4), torch.randn(7, 24).half()
-        views = [
-            torch.randn(24, 5).t(),
-            torch.randn(5, 48)[:, ::2],
-            torch.randn(1, 24).expand(5, 24),
-            torch.randn(24, 1).t(),
-        ]
-        for x in views:
-            answer = OPS.linear_weight_only(x, packed, quantized.scale, None, None, 24, 4, 8)
-            self.assert_float_product(answer, x, quantized, None)
-            self.assert_float_product(OPS.linear_half(x, half, None), x, half, None)
