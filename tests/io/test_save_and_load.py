@@ -178,6 +178,13 @@ def test_a_quantized_model_tells_its_architecture_too(tmp_path: Path) -> None:
         assert same_bits(answer("deep", model), answer("deep", loaded))
 
 
+def test_a_compiled_module_stands_for_what_it_wraps(tmp_path: Path) -> None:
+    model = quantized("deep")
+    save_model(torch.compile(model, backend="eager"), tmp_path / "a.safetensors")
+    for architecture in (build("deep"), torch.compile(build("deep"), backend="eager")):
+        assert same_state(model, load(tmp_path / "a.safetensors", architecture))
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 def test_fused_activations_are_fused_again_and_others_are_not(tmp_path: Path, fuse: bool) -> None:
     model = quantized("deep", fuse_activations=fuse)

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def gather(
     """Answer what a checkpoint of ``model`` holds. Buffers that are not persistent are left out.
 
     Args:
-        model: A module or a state dict.
+        model: A module, of which a compiled one stands for what it wraps, or a state dict.
         info: What its quantization did: the reasons for skipped layers, measurements, and for a state dict the
             schemes, which it does not hold itself.
         measurements: Measurements that replace those of ``info``.
@@ -48,6 +48,7 @@ def gather(
         InputTypeError: ``model`` is neither, or the state dict holds something that is not a tensor.
         CheckpointError: A tensor has no values, or is of a kind that files cannot hold.
     """
+    model = uncompiled(model)
     if isinstance(model, nn.Module):
         state: Mapping[str, Any] = model.state_dict(keep_vars=True)
         layers, fused = _records_of_module(model), fused_pairs(model)
@@ -59,6 +60,16 @@ def gather(
     tensors, tied = _without_aliases(state)
     skipped = {} if info is None else {name: info.skip_reasons.get(name, "") for name in info.skipped_layers}
     return Contents(tensors, CheckpointHeader(layers, skipped, tied, fused, _measurements(info, measurements)))
+
+
+@overload
+def uncompiled(model: nn.Module) -> nn.Module: ...
+@overload
+def uncompiled(model: Model) -> Model: ...
+def uncompiled(model: Model) -> Model:
+    """Answer the module inside a compiled one, whose tensors have the same names without a prefix."""
+    inside = getattr(model, "_orig_mod", None)
+    return inside if isinstance(model, nn.Module) and isinstance(inside, nn.Module) else model
 
 
 def float_type_name(quantized_type: type[QuantizedModule]) -> str:

@@ -12,6 +12,7 @@ from mono_quant.errors import CheckpointError, InputTypeError
 from mono_quant.integrations.transformers import empty_transformers, is_transformers_directory, load_transformers
 from mono_quant.io.assemble import Tolerance, assemble
 from mono_quant.io.checkpoint import SAFETENSORS, TORCH, Checkpoint, checkpoint_path, find_header, open_checkpoint
+from mono_quant.io.contents import uncompiled
 
 
 def load_model(
@@ -27,7 +28,7 @@ def load_model(
     Args:
         path: A ``.safetensors``, ``.pt`` or ``.pth`` file, or a transformers directory, with a quantized model that
             :func:`mono_quant.save_model` wrote or with a float one.
-        model: The architecture: a float module (also on the ``meta`` device), which stays as it is, or a
+        model: The architecture: a float module (also compiled, or on the ``meta`` device), which stays as it is, or a
             transformers directory, of which only ``config.json`` is read. A directory as ``path`` has its own. (A
             ``torch.device`` stands for ``device``, as in mono-quant 1.1.)
         allow_pickle: Let a ``.pt`` file run the code that it contains. Only for files whose source you trust.
@@ -61,7 +62,7 @@ def load_model(
             return _plain(checkpoint, target)
         architecture = _architecture(model)
         # A configuration says nothing of what was cast after loading: the file decides.
-        tolerance = Tolerance(names=not strict, float_dtypes=architecture is not model)
+        tolerance = Tolerance(names=not strict, float_dtypes=not isinstance(model, nn.Module))
         return assemble(checkpoint, architecture, tolerance, target)
 
 
@@ -92,7 +93,7 @@ def _load_plain(
 
 def _architecture(model: object) -> nn.Module:
     if isinstance(model, nn.Module):
-        return model
+        return uncompiled(model)
     if not isinstance(model, str | Path):
         raise InputTypeError(f"expected a module or a transformers directory, found a {type(model).__name__}")
     directory = Path(model)

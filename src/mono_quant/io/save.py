@@ -13,7 +13,7 @@ from mono_quant.core.quantization_info import QuantizationInfo
 from mono_quant.errors import CheckpointError, ConfigurationError
 from mono_quant.io.atomic import atomic_write
 from mono_quant.io.checkpoint import SAFETENSORS, TORCH, checkpoint_path, format_by_suffix
-from mono_quant.io.contents import Contents, gather, require_module_to_convert, with_standard_layers
+from mono_quant.io.contents import Contents, gather, require_module_to_convert, uncompiled, with_standard_layers
 from mono_quant.io.directory import save_directory
 from mono_quant.io.header import HEADER_KEY
 from mono_quant.io.safetensors_file import write_safetensors
@@ -36,7 +36,7 @@ def save_model(
     that share their memory are stored once. Buffers that are not persistent are not saved.
 
     Args:
-        model: A module or a state dict.
+        model: A module (a compiled one stands for the module that it wraps) or a state dict.
         path: A name that ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for a file that ``torch.load`` reads
             as a state dict. For a transformers model also a directory, or a name without suffix for a new one: it
             receives ``model.safetensors``, ``config.json`` with a ``quantization_config`` in the layout of
@@ -56,7 +56,7 @@ def save_model(
         ConfigurationError: A state dict is to be converted, or a directory cannot hold one of the layers (quantized
             convolutions have no place in compressed-tensors' layout).
     """
-    target = checkpoint_path(path)
+    target, model = checkpoint_path(path), uncompiled(model)
     measurements = {
         "original_size_mb": original_size_mb,
         "quantized_size_mb": quantized_size_mb,
