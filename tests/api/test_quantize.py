@@ -130,6 +130,7 @@ def test_parametrized_layers_are_quantized_with_the_weight_they_compute() -> Non
     result = quantize(model)
     assert isinstance(result.model[0], QuantizedLinear)
     assert sqnr_db(expected, result.model(torch.ones(1, 16))) > 30
+    assert result.info.skip_reasons == {}
 
 
 def test_hooks_of_a_replaced_layer_keep_working() -> None:

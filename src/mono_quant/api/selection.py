@@ -50,8 +50,8 @@ def select_layers(model: nn.Module, options: Options) -> Selection:
         if isinstance(module, QuantizedModule):
             selection.skip_reasons[name] = "is quantized already"
             continue
-        if not _holds_weights(module):
-            continue
+        if not _holds_weights(module) or ".parametrizations." in f".{name}.":
+            continue  # a parametrization belongs to the layer whose weight it computes
         candidate = _consider(name, module, options, id(_weight(module)) in tied)
         if isinstance(candidate, Candidate):
             _require_finite(candidate)
