@@ -123,6 +123,13 @@ class TestZeroAndSign:
         assert torch.equal(there.scale, back.scale)
         assert int(there.codes.min()) >= -127
 
+    def test_symmetric_codes_are_symmetric_under_any_given_scale(self) -> None:
+        weight = torch.tensor([[-1000.0, 1000.0, -1.0]])
+        assert quantize_affine(weight, torch.ones(1), None).codes.tolist() == [[-127, 127, -1]]
+        assert quantize_affine(weight, torch.ones(1), torch.zeros(1)).codes.tolist() == [[-128, 127, -1]]
+        narrow = quantize_affine(weight, torch.ones(1, 1), None, group_size=3, bits=4)
+        assert narrow.codes.tolist() == [[-7, 7, -1]]
+
     @given(weight=weights(), symmetric=st.booleans())
     def test_scaling_by_a_power_of_two_changes_no_code(self, weight: Tensor, symmetric: bool) -> None:
         weight = weight.clamp(-1e30, 1e30)

@@ -11,7 +11,7 @@ import torch
 
 from mono_quant import ops
 from mono_quant.errors import BackendError
-from mono_quant.ops import native
+from mono_quant.ops import native, torch_cpu
 from tests.ops.operands import LinearWeight
 
 
@@ -56,6 +56,20 @@ def test_an_absent_native_library_is_refused_with_its_reason(monkeypatch: pytest
         ops.set_backend("native")
     assert caught.value.suggestion
     assert ops.get_backend() == before
+
+
+@pytest.mark.parametrize("name", ops.available_backends())
+def test_a_backend_runs_its_own_arithmetic_whatever_ran_before(name: str) -> None:
+    weight, x = LinearWeight.random(5, 12), torch.randn(3, 12)
+    for before in ops.available_backends():
+        with ops.use_backend(before):
+            weight.linear(x)
+        with ops.use_backend(name), torch.profiler.profile() as profile:
+            weight.linear(x)
+        called = {event.key for event in profile.key_averages()}
+        integer_product = torch_cpu.integer_products_are_exact() and name == "torch"
+        assert ("aten::_int_mm" in called) == integer_product
+        assert ("aten::matmul" in called) == (name != "native" and not integer_product)
 
 
 def test_backends_that_were_changed_often_still_work() -> None:
