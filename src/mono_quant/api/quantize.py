@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mono_quant import integrations as integrations  # registers layers of other libraries
 from mono_quant.api.options import Options, Selectors, resolve_options
-from mono_quant.api.replace import Progress, Replacements, cast_rest, decibels, quantize_copy, quantize_inplace
+from mono_quant.api.replace import Progress, Replacements, cast_rest, quantize_copy, quantize_inplace
 from mono_quant.api.result import QuantizationResult
 from mono_quant.api.selection import select_layers
 from mono_quant.api.state_dict import quantize_state_dict
@@ -26,7 +26,7 @@ from mono_quant.errors import ConfigurationError, InputError, InputTypeError, Qu
 from mono_quant.io import load_source
 from mono_quant.modules import disable_fused_path, mark_layers_that_share
 from mono_quant.modules import fuse_activations as fuse_activation_modules
-from mono_quant.report import model_bytes
+from mono_quant.report import decibels, model_bytes
 
 Model = nn.Module | Mapping[str, Tensor] | str | Path
 

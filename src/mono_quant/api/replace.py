@@ -16,6 +16,7 @@ from mono_quant.core.quantization_info import LayerInfo
 from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.errors import InputError, MonoQuantError
 from mono_quant.modules import QuantizedModule
+from mono_quant.report import decibels
 
 #: Called after each layer with the number done, the number in all and the layer's name.
 Progress = Callable[[int, int, str], None]
@@ -74,13 +75,6 @@ class Replacements:
             sqnr_db=sqnr,
         )
         return layer
-
-
-def decibels(signal: float, noise: float) -> float:
-    """Answer ``10 log10(signal / noise)``; infinite where there is no noise."""
-    if noise == 0.0:
-        return float("inf")
-    return 10.0 * float(torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
 
 
 def quantize_copy(

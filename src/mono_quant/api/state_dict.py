@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mono_quant.api.options import Options
-from mono_quant.api.replace import Progress, Replacements, decibels
+from mono_quant.api.replace import Progress, Replacements
 from mono_quant.api.selection import matches_name, require_name_matches
 from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
-from mono_quant.core.packing import pack_int32, unpack_int32
+from mono_quant.core.packing import pack_int32
 from mono_quant.core.quantization_info import LayerInfo
 from mono_quant.core.quantized_tensor import QuantizedTensor
-from mono_quant.core.quantizers import quantize_weight_groupwise
+from mono_quant.core.quantizers import dequantize_weight, quantize_weight_groupwise
 from mono_quant.errors import ConfigurationError, InputTypeError, MonoQuantError, QuantizationError
-from mono_quant.modules.base import quantize_by_scheme
+from mono_quant.modules.base import error_energy, quantize_by_scheme
+from mono_quant.report import decibels, stored_weight
 
 StateDict = dict[str, Tensor]
 
@@ -51,19 +53,22 @@ def quantize_state_dict(
         else:
             reasons[layer] = reason
     result: StateDict = {}
-    shared: dict[tuple[object, ...], dict[str, Tensor]] = {}
+    shared: dict[tuple[object, ...], tuple[dict[str, Tensor], LayerInfo]] = {}
     done = 0
     for name, tensor in state.items():
         if name not in chosen:
             result[name] = tensor.detach().clone() if not options.inplace else tensor
             continue
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), chosen[name])
-        first = key not in shared
-        if first:
+        if key not in shared:
             shared[key] = _quantize(_layer(name), tensor, chosen[name], options, replacements)
+            stored, info = shared[key]
+        else:
+            stored, info = shared[key]
+            info = replace(info, bytes_after=0)
         prefix = name.removesuffix("weight")
-        result.update({prefix + local: value for local, value in shared[key].items()})
-        replacements.layers[_layer(name)] = _layer_info(tensor, shared[key], chosen[name], first)
+        result.update({prefix + local: value for local, value in stored.items()})
+        replacements.layers[_layer(name)] = info
         done += 1
         if progress is not None:
             progress(done, len(chosen), _layer(name))
@@ -119,61 +124,46 @@ def _scheme(layer: str, weight: Tensor, options: Options) -> LayerScheme:
 
 def _quantize(
     layer: str, weight: Tensor, scheme: LayerScheme, options: Options, replacements: Replacements
-) -> dict[str, Tensor]:
-    """Answer the stored tensors of one weight under their local names."""
+) -> tuple[dict[str, Tensor], LayerInfo]:
+    """Answer the stored tensors of one weight under their local names, and its record."""
+    quantized: QuantizedTensor | Tensor
     try:
         if scheme.kind == WEIGHT_ONLY:
             group_size = scheme.group_size or max(1, weight.shape[1])
-            quantized: QuantizedTensor | Tensor = quantize_weight_groupwise(
-                weight, group_size, scheme.symmetric, scheme.bits
-            )
+            quantized = quantize_weight_groupwise(weight, group_size, scheme.symmetric, scheme.bits)
         else:
             quantized = quantize_by_scheme(weight, scheme)
     except MonoQuantError as error:
         raise QuantizationError(f"layer {layer!r}: {error.message}", error.suggestion) from error
-    if isinstance(quantized, Tensor):
-        return {"weight": quantized}
+    stored = _stored(quantized, scheme, weight.dim())
+    sqnr = None
     if options.run_validation:
-        signal, noise = quantized.error_energy(weight)
+        signal, noise = error_energy(weight, quantized)
         replacements.signal += signal
         replacements.noise += noise
-    per_channel = (weight.shape[0], -1) if scheme.kind == WEIGHT_ONLY else (-1, *[1] * (weight.dim() - 1))
-    stored = {"weight_scale": quantized.scale.reshape(per_channel)}
+        sqnr = decibels(signal, noise)
+    return stored, LayerInfo(scheme, weight.nbytes, sum(tensor.nbytes for tensor in stored.values()), sqnr)
+
+
+def _stored(quantized: QuantizedTensor | Tensor, scheme: LayerScheme, dim: int) -> dict[str, Tensor]:
+    if isinstance(quantized, Tensor):
+        return {"weight": quantized}
+    per_channel = (quantized.shape[0], -1) if scheme.kind == WEIGHT_ONLY else (-1, *[1] * (dim - 1))
+    scales = {"weight_scale": quantized.scale.reshape(per_channel)}
     if quantized.zero_point is not None:
-        stored["weight_zero_point"] = quantized.zero_point.reshape(per_channel)
-    if scheme.kind == WEIGHT_ONLY:
-        shape = torch.tensor(weight.shape)
-        return {"weight_packed": pack_int32(quantized.codes, scheme.bits), **stored, "weight_shape": shape}
-    return {"weight": quantized.codes, **stored}
-
-
-def _layer_info(weight: Tensor, stored: dict[str, Tensor], scheme: LayerScheme, first: bool) -> LayerInfo:
-    quantized = stored_weight(stored)
-    sqnr = decibels(*quantized.error_energy(weight)) if isinstance(quantized, QuantizedTensor) else None
-    after = sum(tensor.nbytes for tensor in stored.values()) if first else 0
-    return LayerInfo(scheme, weight.nbytes, after, sqnr)
-
-
-def stored_weight(stored: Mapping[str, Tensor]) -> QuantizedTensor | Tensor:
-    """Answer the weight that a quantized layer's tensors (under their local names) stand for."""
-    scale = stored.get("weight_scale")
-    zero_point = stored.get("weight_zero_point")
-    packed = stored.get("weight_packed")
-    if packed is not None and scale is not None:
-        out_features, in_features = stored["weight_shape"].tolist()
-        group_size = in_features // max(1, scale.shape[1])
-        # Unambiguous beyond four inputs, and narrower weights are never packed.
-        bits = 4 if packed.shape[1] == -(-in_features // 8) else 8
-        codes = unpack_int32(packed, bits, in_features)
-        return QuantizedTensor(codes, scale.reshape(out_features, -1), zero_point, 0, group_size, bits)
-    weight = stored["weight"]
-    if scale is None:
-        return weight
-    return QuantizedTensor(weight, scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1), axis=0)
+        scales["weight_zero_point"] = quantized.zero_point.reshape(per_channel)
+    if scheme.kind != WEIGHT_ONLY:
+        return {"weight": quantized.codes, **scales}
+    shape = torch.tensor(quantized.shape)
+    return {"weight_packed": pack_int32(quantized.codes, scheme.bits), **scales, "weight_shape": shape}
 
 
 def dequantize_state_dict(state: Mapping[str, Tensor]) -> StateDict:
-    """Answer the float32 state dict that a quantized one stands for, with its names in the same order."""
+    """Answer the float32 state dict that a quantized one stands for, with its names in the same order.
+
+    Raises:
+        InputError: The tensors of a quantized layer are incomplete or do not fit together.
+    """
     parts = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
     result: StateDict = {}
     finished: set[str] = set()
@@ -186,11 +176,5 @@ def dequantize_state_dict(state: Mapping[str, Tensor]) -> StateDict:
             continue
         if prefix not in finished:
             finished.add(prefix)
-            stored = {part: state[dotted + part] for part in parts if dotted + part in state}
-            weight = stored_weight(stored)
-            assert isinstance(weight, QuantizedTensor)
-            result[f"{dotted}weight"] = weight.dequantize()
+            result[f"{dotted}weight"] = dequantize_weight(stored_weight(state, prefix).weight)
     return result
-
-
-__all__ = ["StateDict", "dequantize_state_dict", "quantize_state_dict", "stored_weight"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -78,6 +79,7 @@ class QuantizedModule(nn.Module):
             self._buffers[name] = tensor
 
     @classmethod
+    @abstractmethod
     def like(cls, module: nn.Module, scheme: LayerScheme) -> Self:
         """Answer a layer with the geometry of ``module`` and no weight yet: its buffers are on the ``meta`` device.
 
@@ -85,7 +87,6 @@ class QuantizedModule(nn.Module):
             module: A float layer of :attr:`float_type`.
             scheme: How the new layer is quantized.
         """
-        raise NotImplementedError
 
     @classmethod
     def from_float(
@@ -136,11 +137,7 @@ class QuantizedModule(nn.Module):
     @classmethod
     def weight_error(cls, module: nn.Module, quantized: QuantizedTensor | Tensor) -> tuple[float, float]:
         """Answer the sum of squares of a float layer's weight and of what quantizing it changed."""
-        weight = cls.stored_weight(module)
-        if isinstance(quantized, QuantizedTensor):
-            return quantized.error_energy(weight.flatten(1) if quantized.dim() < weight.dim() else weight)
-        exact = weight.float()
-        return float(exact.square().sum()), float((quantized.float() - exact).square_().sum())
+        return error_energy(cls.stored_weight(module), quantized)
 
     @classmethod
     def stored_weight(cls, module: nn.Module) -> Tensor:
@@ -183,9 +180,9 @@ class QuantizedModule(nn.Module):
             else (quantized.to(self.float_dtype))
         )
 
+    @abstractmethod
     def to_float(self) -> nn.Module:
         """Answer a standard layer with the dequantized weight; this one is not modified."""
-        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Codes and scales only mean something together: .half() or .to(bfloat16) may move them, never round them.
@@ -226,6 +223,14 @@ def quantize_by_scheme(weight: Tensor, scheme: LayerScheme) -> QuantizedTensor |
     if scheme.per_channel:
         return quantize_weight_int8(weight, scheme.symmetric)
     return quantize_weight_int8_per_tensor(weight, scheme.symmetric)
+
+
+def error_energy(weight: Tensor, quantized: QuantizedTensor | Tensor) -> tuple[float, float]:
+    """Answer the sum of squares of ``weight`` and of what :func:`quantize_by_scheme` changed of it."""
+    if isinstance(quantized, QuantizedTensor):
+        return quantized.error_energy(weight.flatten(1) if quantized.dim() < weight.dim() else weight)
+    exact = weight.detach().float()
+    return float(exact.square().sum()), float((quantized.float() - exact).square_().sum())
 
 
 def scheme_from_dtype(dtype: torch.dtype, symmetric: bool) -> LayerScheme:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 from typing import Any, Final, Self
@@ -94,8 +95,9 @@ class PackedWeight(QuantizedModule):
             plain: Tensor = torch.ops.mono_quant.unpack_weight(packed, *self._matrix_shape())
         return plain
 
+    @abstractmethod
     def _matrix_shape(self) -> tuple[int, int]:
-        raise NotImplementedError
+        """Answer output and input channels of the plain layout, which the padded tiles do not show."""
 
     def set_tensor(self, name: str, tensor: Tensor | None) -> None:
         if name == "weight":
