@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -120,6 +122,23 @@ class TestModules:
         assert table(torch.tensor([3, 4])).shape == (2, 16)
         conv = mono_quant.modules.quantize_conv2d_module(nn.Conv2d(3, 6, 3), symmetric=symmetric)
         assert conv._quantized_weight.dtype == torch.qint8
+
+    def test_factories_by_position_and_what_the_layers_say_of_themselves(self) -> None:
+        linear = QuantizedLinear.from_linear(nn.Linear(128, 64), True)
+        conv = mono_quant.modules.QuantizedConv2d.from_conv2d(nn.Conv2d(3, 6, 3), True)
+        table = QuantizedEmbedding.from_embedding(nn.Embedding(100, 16), False)
+        assert [layer.symmetric for layer in (linear, conv, table)] == [True, True, False]
+        assert {layer.dtype for layer in (linear, conv, table)} == {torch.qint8}
+
+    def test_convert_to_pytorch_native(self) -> None:
+        quantized = mono_quant.quantize(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), dynamic=True).model
+        assert [type(layer) for layer in mono_quant.modules.convert_to_pytorch_native(quantized)] == [
+            nn.Linear,
+            nn.ReLU,
+        ]
+
+    def test_exceptions_under_their_older_path(self) -> None:
+        assert importlib.import_module("mono_quant.api.exceptions").InputError is mono_quant.InputError
 
     def test_int4(self) -> None:
         layer = mono_quant.modules.quantize_linear_module_int4(nn.Linear(128, 256), group_size=128)

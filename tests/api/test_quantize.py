@@ -425,3 +425,12 @@ def test_the_copy_can_be_copied_and_moved_on() -> None:
     assert torch.equal(copy.deepcopy(result.model)(tokens), expected)
     half = copy.deepcopy(result.model).to(torch.bfloat16)
     assert half(tokens).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_float64_model_answers_float64(bits: int) -> None:
+    model = nn.Sequential(nn.Embedding(9, 32), nn.Linear(32, 8)).double().eval()
+    tokens = torch.arange(9)
+    out = quantize(model, bits=bits).model(tokens)
+    assert out.dtype == torch.float64
+    assert sqnr_db(model(tokens), out) > 12

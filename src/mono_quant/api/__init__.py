@@ -3,7 +3,7 @@
 from mono_quant.api.options import Selector, Selectors
 from mono_quant.api.quantize import dynamic_quantize, quantize
 from mono_quant.api.result import QuantizationResult
-from mono_quant.api.revert import dequantize_model, revert_to_standard_modules
+from mono_quant.api.revert import dequantize_model
 from mono_quant.errors import (
     BackendError,
     CheckpointError,
@@ -14,6 +14,7 @@ from mono_quant.errors import (
     QuantizationError,
     ValidationError,
 )
+from mono_quant.modules import revert_to_standard_modules
 
 __all__ = [
     "BackendError",

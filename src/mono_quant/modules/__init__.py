@@ -26,13 +26,17 @@ from mono_quant.modules.fusion import (
 from mono_quant.modules.linear import QuantizedLinear, quantize_linear_module
 from mono_quant.modules.packed import PackedWeight, mark_layers_that_share, mark_shared
 from mono_quant.modules.registry import counterpart, counterpart_for_scheme, register
-from mono_quant.modules.revert import standard_modules
+from mono_quant.modules.revert import revert_to_standard_modules, standard_modules
 from mono_quant.modules.transformer import disable_fused_path, restore_fused_path
 from mono_quant.modules.weight_only import WeightOnlyLinear, quantize_linear_module_int4
+
+# The name that mono-quant 1.1 gives it.
+convert_to_pytorch_native = revert_to_standard_modules
 
 __all__ = [
     "FusedActivation",
     "PackedWeight",
+    "convert_to_pytorch_native",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedConv3d",
@@ -59,5 +63,6 @@ __all__ = [
     "register",
     "restore_activations",
     "restore_fused_path",
+    "revert_to_standard_modules",
     "standard_modules",
 ]

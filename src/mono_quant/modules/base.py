@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mono_quant.core.layer_scheme import FLOAT16, LayerScheme
+from mono_quant.core.mappers import QINT8
 from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.core.quantizers import (
     quantize_weight_fp16,
@@ -163,6 +164,16 @@ class QuantizedModule(nn.Module):
         return codes
 
     @property
+    def dtype(self) -> torch.dtype:
+        """``torch.qint8`` or ``torch.float16``: what the weight is stored as."""
+        return torch.float16 if self.scheme.kind == FLOAT16 else QINT8
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the weight has no zero points."""
+        return self.scheme.symmetric
+
+    @property
     def _quantized_weight(self) -> QuantizedTensor | Tensor:
         """The weight as a :class:`QuantizedTensor` (float16 layers: the float16 tensor)."""
         if self.weight_scale is None:
@@ -241,7 +252,7 @@ def scheme_from_dtype(dtype: torch.dtype, symmetric: bool) -> LayerScheme:
     """
     if dtype == torch.float16:
         return LayerScheme(FLOAT16, bits=16)
-    if dtype in (getattr(torch, "qint8", torch.int8), torch.int8):
+    if dtype in (QINT8, torch.int8):
         return LayerScheme(symmetric=symmetric)
     raise InputTypeError(f"cannot store a layer as {dtype}; expected torch.qint8 or torch.float16")
 

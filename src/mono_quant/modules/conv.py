@@ -187,6 +187,16 @@ class QuantizedConv2d(_QuantizedConv, nn.Conv2d):  # type: ignore[misc,override]
 
     float_type: ClassVar[type[nn.Module]] = nn.Conv2d
 
+    @classmethod
+    def from_conv2d(cls, module: nn.Conv2d, symmetric: bool = False, dtype: torch.dtype = QINT8) -> Self:
+        """Answer a quantized copy of ``module``, which is not modified.
+
+        Raises:
+            InputTypeError: ``module`` is not a 2d convolution, or ``dtype`` not one of this class.
+            QuantizationError: Its weight holds NaN or infinite values.
+        """
+        return cls.from_float(require_module(module, nn.Conv2d), scheme_from_dtype(dtype, symmetric))
+
 
 class QuantizedConv3d(_QuantizedConv, nn.Conv3d):  # type: ignore[misc,override]
     """Stands in for :class:`torch.nn.Conv3d`, and is one; ``weight`` reads as the dequantized float weight.

@@ -55,6 +55,8 @@ class _QuantizedTable(QuantizedModule):
         """
         if self.weight_scale is None:
             return F.embedding(indices, self.codes).to(dtype)
+        if dtype == torch.float64:
+            return self._look_up(indices, torch.float32).double()  # float32 is all that there is to know
         try:
             rows: Tensor = torch.ops.mono_quant.embedding(
                 indices, self.codes, self.weight_scale, self.weight_zero_point, dtype
@@ -101,7 +103,7 @@ class QuantizedEmbedding(_QuantizedTable):
         self._register_tensors((num_embeddings, embedding_dim), None, scheme_from_dtype(dtype, symmetric))
 
     @classmethod
-    def from_embedding(cls, module: nn.Embedding, dtype: torch.dtype = QINT8, symmetric: bool = False) -> Self:
+    def from_embedding(cls, module: nn.Embedding, symmetric: bool = False, dtype: torch.dtype = QINT8) -> Self:
         """Answer a quantized copy of ``module``, which is not modified.
 
         Raises:
@@ -169,7 +171,7 @@ class QuantizedEmbeddingBag(_QuantizedTable):
         self._register_tensors((num_embeddings, embedding_dim), None, scheme_from_dtype(dtype, symmetric))
 
     @classmethod
-    def from_embedding_bag(cls, module: nn.EmbeddingBag, dtype: torch.dtype = QINT8, symmetric: bool = False) -> Self:
+    def from_embedding_bag(cls, module: nn.EmbeddingBag, symmetric: bool = False, dtype: torch.dtype = QINT8) -> Self:
         """Answer a quantized copy of ``module``, which is not modified.
 
         Raises:
@@ -249,11 +251,11 @@ def quantize_embedding_module(
         InputTypeError: ``module`` is not an embedding, or ``dtype`` is neither of these.
         QuantizationError: The weight holds NaN or infinite values, or the layer has a ``max_norm``.
     """
-    return QuantizedEmbedding.from_embedding(module, dtype, symmetric)
+    return QuantizedEmbedding.from_embedding(module, symmetric, dtype)
 
 
 def quantize_embedding_bag_module(
     module: nn.EmbeddingBag, dtype: torch.dtype = QINT8, symmetric: bool = False
 ) -> QuantizedEmbeddingBag:
     """Answer a :class:`QuantizedEmbeddingBag` with the weight of ``module``; as :func:`quantize_embedding_module`."""
-    return QuantizedEmbeddingBag.from_embedding_bag(module, dtype, symmetric)
+    return QuantizedEmbeddingBag.from_embedding_bag(module, symmetric, dtype)

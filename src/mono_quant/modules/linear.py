@@ -72,7 +72,7 @@ class QuantizedLinear(PackedWeight):
         return layer
 
     @classmethod
-    def from_linear(cls, module: nn.Linear, dtype: torch.dtype = QINT8, symmetric: bool = False) -> Self:
+    def from_linear(cls, module: nn.Linear, symmetric: bool = False, dtype: torch.dtype = QINT8) -> Self:
         """Answer a quantized copy of ``module``, which is not modified.
 
         Raises:
@@ -87,6 +87,9 @@ class QuantizedLinear(PackedWeight):
             raise InputError(
                 f"{type(self).__name__} expects [..., {self.in_features}], found an input of shape {list(input.shape)}"
             )
+        if input.dtype == torch.float64:
+            # The arithmetic is float32 throughout; wider inputs are taken, and answered in their dtype.
+            return self.forward(input.float()).double()
         if self.weight_scale is None:
             half: Tensor = torch.ops.mono_quant.linear_half(input, self._buffers["weight"], self.bias)
             return half
@@ -135,4 +138,4 @@ def quantize_linear_module(module: nn.Linear, dtype: torch.dtype = QINT8, symmet
         InputTypeError: ``module`` is not a linear layer, or ``dtype`` is neither of these.
         QuantizationError: The weight holds NaN or infinite values.
     """
-    return QuantizedLinear.from_linear(module, dtype, symmetric)
+    return QuantizedLinear.from_linear(module, symmetric, dtype)

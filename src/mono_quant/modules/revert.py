@@ -1,4 +1,4 @@
-"""Standard layers for quantized ones: the memo with which a model is copied back to float."""
+"""The way back: standard layers in the place of quantized ones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,38 @@ import copy
 
 from torch import nn
 
+from mono_quant.errors import InputTypeError
 from mono_quant.modules.base import QuantizedModule
 from mono_quant.modules.fusion import FusedActivation
+from mono_quant.modules.transformer import restore_fused_path
+
+
+def revert_to_standard_modules(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Answer ``model`` with every quantized layer replaced by its standard one, holding the dequantized weight.
+
+    Args:
+        model: A quantized module. Layers reached twice and tied weights stay so.
+        inplace: Replace the layers in ``model`` itself instead of in a copy.
+
+    Returns:
+        The float model; ``model`` itself (or, if that is a single layer, the new layer) when ``inplace``.
+
+    Raises:
+        InputTypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"expected a torch.nn.Module, found {type(model).__name__}")
+    standard = standard_modules(model, keep_activations=inplace)
+    result = _replace(model, standard) if inplace else copy.deepcopy(model, {**standard})
+    restore_fused_path(result)
+    return result
+
+
+def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = replacements.get(id(child), child)
+    return replacements.get(id(model), model)
 
 
 def standard_modules(model: nn.Module, keep_activations: bool = False) -> dict[int, nn.Module]:

@@ -86,6 +86,8 @@ class WeightOnlyLinear(QuantizedModule):
         return QuantizedTensor(codes, self.weight_scale, self.weight_zero_point, 0, self.group_size, self.scheme.bits)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == torch.float64:
+            return self.forward(input.float()).double()
         out: Tensor = torch.ops.mono_quant.linear_weight_only(
             input, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.in_features,
             self.scheme.bits, self.group_size,
