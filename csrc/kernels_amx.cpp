@@ -7,6 +7,8 @@
 #include "vec_avx512.h"
 #include "amx.h"
 #include "rows.inl"
+#include "exponential.inl"
+#include "gelu_table.inl"
 #include "activation.inl"
 #include "unpack.inl"
 
@@ -15,6 +17,8 @@ namespace {
 using Code = uint8_t;
 constexpr int64_t kFloatRows = 6;
 constexpr int64_t kTileRows = 32;
+// Up to this many rows a product of tiles is mostly padding.
+constexpr int64_t kVnniRows = 4;
 constexpr int64_t kTileCols = 64;
 // Tiles come in sixteen rows: two even halves of 48 rows would each fill two.
 constexpr bool kEvenTiles = false;
@@ -24,9 +28,6 @@ constexpr bool kEvenTiles = false;
 #include "vnni_product.inl"
 
 namespace {
-
-// Below this many rows a product of tiles is mostly padding.
-constexpr int64_t kFewRows = 4;
 
 inline void begin_product() { TILE_CONFIGURE(); }
 inline void end_product() { TILE_RELEASE(); }
@@ -97,7 +98,7 @@ inline void product_1x1(const uint8_t* a, int64_t lda, const int8_t* b, int64_t 
 
 void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t panel_bytes, int64_t panels,
                int64_t depth, int32_t* tile) {
-  if (rows <= kFewRows) return vnni_tile(a, lda, rows, b, panel_bytes, panels, depth, tile);
+  if (rows <= kVnniRows) return vnni_tile(a, lda, rows, b, panel_bytes, panels, depth, tile);
   const int64_t blocks = (depth + 63) / 64;
   for (int64_t p = 0; p < panels; p += 2) {
     const int8_t* from = b + p * panel_bytes;

@@ -6,6 +6,8 @@
 #include "kernels.h"
 #include "vec_avx2.h"
 #include "rows.inl"
+#include "exponential.inl"
+#include "gelu.inl"
 #include "activation.inl"
 #include "unpack.inl"
 
@@ -20,6 +22,19 @@ constexpr bool kEvenTiles = true;
 inline void begin_product() {}
 inline void end_product() {}
 
+// sums += x * w for four inputs and eight columns. Twelve sums, two weights and two temporaries are all sixteen
+// registers: left to itself, gcc copies sums and spills them.
+inline void add_products(const int16_t* x, __m256i low, __m256i high, __m256i* sum_low, __m256i* sum_high) {
+  __m256i four, product;
+  __asm__("vpbroadcastq %6, %2\n\t"
+          "vpmaddwd %4, %2, %3\n\t"
+          "vpaddd %3, %0, %0\n\t"
+          "vpmaddwd %5, %2, %3\n\t"
+          "vpaddd %3, %1, %1"
+          : "+x"(*sum_low), "+x"(*sum_high), "=&x"(four), "=&x"(product)
+          : "x"(low), "x"(high), "m"(*(const int64_t(*)[1])x));
+}
+
 // Eight columns: every accumulator holds two partial sums for each of four.
 template <int kRows>
 void product(const int16_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* tile) {
@@ -30,13 +45,7 @@ void product(const int16_t* a, int64_t lda, const int8_t* b, int64_t steps, int3
     const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + s * 64)));
     const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + s * 64 + 16)));
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      int64_t four;
-      memcpy(&four, a + r * lda + s * 4, 8);
-      const __m256i x = _mm256_set1_epi64x(four);
-      acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(x, low));
-      acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(x, high));
-    }
+    for (int r = 0; r < kRows; ++r) add_products(a + r * lda + s * 4, low, high, &acc[r][0], &acc[r][1]);
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {

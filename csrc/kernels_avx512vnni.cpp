@@ -4,6 +4,8 @@
 #include "kernels.h"
 #include "vec_avx512.h"
 #include "rows.inl"
+#include "exponential.inl"
+#include "gelu_table.inl"
 #include "activation.inl"
 #include "unpack.inl"
 
@@ -13,6 +15,7 @@ using Code = uint8_t;
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kTileCols = 64;
 constexpr int64_t kFloatRows = 6;
+constexpr int64_t kVnniRows = kTileRows;
 constexpr bool kEvenTiles = true;
 
 inline void begin_product() {}

@@ -4,6 +4,8 @@
 #include "kernels.h"
 #include "vec_generic.h"
 #include "rows.inl"
+#include "exponential.inl"
+#include "gelu.inl"
 #include "activation.inl"
 #include "unpack.inl"
 

@@ -16,17 +16,25 @@ constexpr int64_t kExactDepth = 32768;
 // Code rows of one block stay in the second-level cache beside the weight panels they meet.
 constexpr int64_t kBlockBytes = 256 * 1024;
 
+// What belongs to the columns of a tile: kTileCols readable elements each.
 struct Columns {
+  const float* scale;
+  const float* bias;
+  const int32_t* sum;
+  const int8_t* zero_point;  // null without
+};
+
+// Where fewer columns are left, or there is no array, a padded one stands in.
+struct ColumnStore {
   alignas(64) float scale[64];
   alignas(64) float bias[64];
   alignas(64) int32_t sum[64];
-  alignas(64) int32_t zero_point[64];
+  alignas(64) int8_t zero_point[64];
 };
 
 struct Tile {
   const int32_t* sums;  // kTileCols apart; float32 values in the bits when `converted`
   bool converted;
-  bool weight_zero_points;
   int64_t rows, cols;
   const float* x_scale;
   const int32_t* x_zero_point;
@@ -37,37 +45,39 @@ struct Tile {
   int64_t stride;
 };
 
-template <int kType, int kActivation>
-inline F32 finish_lanes(const Tile& t, int64_t r, int64_t c) {
-  F32 v;
-  const Columns& columns = *t.columns;
-  const int32_t* sums = t.sums + r * kTileCols + c;
-  if (t.converted) {
-    v = load_f32((const float*)sums);
+template <int kType>
+inline void store_lanes(const Tile& t, int64_t at, int64_t lanes, F32 v) {
+  if (lanes == kLanes) {
+    store_x<kType>(t.out, at, v);
   } else {
-    I32 acc = sub_i32(load_i32(sums), mul_i32(splat_i32(t.x_zero_point[r]), load_i32(columns.sum + c)));
-    if (t.weight_zero_points) {
-      acc = sub_i32(acc, mul_i32(splat_i32(t.x_sum[r]), load_i32(columns.zero_point + c)));
-    }
-    v = to_f32(acc);
+    alignas(64) char last[kLanes * 4];
+    store_x<kType>(last, 0, v);
+    memcpy((char*)t.out + at * element_size<kType>(), last, (size_t)(lanes * element_size<kType>()));
   }
-  v = mul(mul(v, splat(t.x_scale[r])), load_f32(columns.scale + c));
-  return activate<kActivation>(add(v, load_f32(columns.bias + c)));
 }
 
+// Column by column, so that what belongs to the columns stays in registers.
 template <int kType, int kActivation>
-void finish_tile(const Tile& t) {
-  const int64_t whole = t.cols / kLanes * kLanes;
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const int64_t row = t.first + r * t.stride;
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      store_x<kType>(t.out, row + c, finish_lanes<kType, kActivation>(t, r, c));
-    }
-    if (whole < t.cols) {
-      alignas(64) char last[kLanes * 4];
-      store_x<kType>(last, 0, finish_lanes<kType, kActivation>(t, r, whole));
-      memcpy((char*)t.out + (row + whole) * element_size<kType>(), last,
-             (size_t)((t.cols - whole) * element_size<kType>()));
+void finish_tile(const Tile& tile) {
+  const Tile t = tile;  // a copy that stores through `out` cannot be suspected to change
+  const Columns columns = *t.columns;
+  for (int64_t c = 0; c < t.cols; c += kLanes) {
+    const int64_t lanes = mono_quant::smaller(kLanes, t.cols - c);
+    const F32 scale = load_f32(columns.scale + c), bias = load_f32(columns.bias + c);
+    const I32 column_sum = load_i32(columns.sum + c);
+    const I32 zero_point = columns.zero_point ? load_i8(columns.zero_point + c) : splat_i32(0);
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const int32_t* sums = t.sums + r * kTileCols + c;
+      F32 v;
+      if (t.converted) {
+        v = load_f32((const float*)sums);
+      } else {
+        I32 acc = sub_i32(load_i32(sums), mul_i32(splat_i32(t.x_zero_point[r]), column_sum));
+        if (columns.zero_point) acc = sub_i32(acc, mul_i32(splat_i32(t.x_sum[r]), zero_point));
+        v = to_f32(acc);
+      }
+      v = add(mul(mul(v, splat(t.x_scale[r])), scale), bias);
+      store_lanes<kType>(t, t.first + r * t.stride + c, lanes, activate<kActivation>(v));
     }
   }
 }
@@ -143,14 +153,33 @@ inline int64_t code_sum(const uint8_t* codes, int64_t k) {
   return sum;
 }
 
-inline void fill_columns(const LinearArgs& p, int64_t col, int64_t cols, Columns* c) {
-  for (int64_t i = 0; i < kTileCols; ++i) {
-    const bool inside = i < cols;
-    c->scale[i] = inside ? p.weight_scale[col + i] : 0.f;
-    c->bias[i] = inside && p.bias ? p.bias[col + i] : 0.f;
-    c->sum[i] = inside && p.column_sum ? p.column_sum[col + i] : 0;
-    c->zero_point[i] = inside && p.weight_zero_point ? p.weight_zero_point[col + i] : 0;
+inline Columns columns_at(const LinearArgs& p, int64_t col, int64_t cols, ColumnStore* store) {
+  Columns c = {p.weight_scale + col, p.bias ? p.bias + col : store->bias,
+               p.column_sum ? p.column_sum + col : store->sum,
+               p.weight_zero_point ? p.weight_zero_point + col : nullptr};
+  if (!p.bias) memset(store->bias, 0, sizeof(store->bias));
+  if (cols < kTileCols) {
+    const size_t count = (size_t)cols;
+    memset(store->scale, 0, sizeof(store->scale));
+    memcpy(store->scale, c.scale, count * 4);
+    c.scale = store->scale;
+    if (p.bias) {
+      memset(store->bias, 0, sizeof(store->bias));
+      memcpy(store->bias, c.bias, count * 4);
+      c.bias = store->bias;
+    }
+    if (p.column_sum) {
+      memset(store->sum, 0, sizeof(store->sum));
+      memcpy(store->sum, c.sum, count * 4);
+      c.sum = store->sum;
+    }
+    if (p.weight_zero_point) {
+      memset(store->zero_point, 0, sizeof(store->zero_point));
+      memcpy(store->zero_point, c.zero_point, count);
+      c.zero_point = store->zero_point;
+    }
   }
+  return c;
 }
 
 // Beyond kExactDepth: int32 sums of pieces of the depth, added in int64; float32 only once, at the end.
@@ -170,7 +199,8 @@ void deep_tile(const LinearArgs& p, const Code* a, int64_t kp, int64_t rows, con
     const int64_t zx = x_zero_point[r];
     const int64_t centred = p.weight_zero_point ? code_sum(codes + r * kp, p.k) - p.k * zx : 0;
     for (int64_t i = 0; i < panel_count * 16; ++i) {
-      const float exact = (float)(total[r * kTileCols + i] - zx * c.sum[i] - centred * c.zero_point[i]);
+      const int64_t zw = c.zero_point ? c.zero_point[i] : 0;
+      const float exact = (float)(total[r * kTileCols + i] - zx * c.sum[i] - centred * zw);
       memcpy(tile + r * kTileCols + i, &exact, 4);
     }
   }
@@ -182,17 +212,17 @@ void linear_block(const LinearArgs& p, int64_t row, int64_t rows, int64_t col_be
   const int64_t kp = padded_depth(p.k), panel_bytes = kp * mono_quant::kPanelColumns;
   const bool deep = p.k > kExactDepth;
   alignas(64) int32_t sums[kTileRows * kTileCols];
-  Columns columns;
+  ColumnStore store;
   for (int64_t col = col_begin; col < col_end; col += kTileCols) {
     const int64_t cols = mono_quant::smaller(kTileCols, col_end - col);
     const int64_t panel_count = (cols + 15) / 16;
     const int8_t* panels = s.panels;
-    fill_columns(p, col, cols, &columns);
+    const Columns columns = columns_at(p, col, cols, &store);
     if (p.packed) {
       panels = p.packed + col / 16 * panel_bytes;
     } else {
       for (int64_t i = 0; i < panel_count; ++i) {
-        pack_panel(p.plain, p.n, p.k, col / 16 + i, s.panels + i * panel_bytes, columns.sum + i * 16);
+        pack_panel(p.plain, p.n, p.k, col / 16 + i, s.panels + i * panel_bytes, store.sum + i * 16);
       }
     }
     // Even tiles: 8 rows as 4 + 4 keep more of the product units busy than 6 + 2.
@@ -200,6 +230,11 @@ void linear_block(const LinearArgs& p, int64_t row, int64_t rows, int64_t col_be
     for (int64_t i = 0, r = 0; i < tiles; ++i) {
       const int64_t left = rows - r;
       const int64_t count = kEvenTiles ? (left + tiles - i - 1) / (tiles - i) : mono_quant::smaller(left, kTileRows);
+      // The lines of the output arrive while the product runs; the stores would otherwise wait for them.
+      for (int64_t j = 0; j < count; ++j) {
+        const char* to = (const char*)p.out + ((row + r + j) * p.n + col) * element_size(p.dtype);
+        for (int64_t b = 0; b < cols * element_size(p.dtype); b += 64) __builtin_prefetch(to + b, 1);
+      }
       if (deep) {
         deep_tile(p, a + r * kp, kp, count, panels, panel_count, codes + r * kp, zero_point + r, columns, sums);
       } else {
@@ -208,7 +243,6 @@ void linear_block(const LinearArgs& p, int64_t row, int64_t rows, int64_t col_be
       Tile t;
       t.sums = sums;
       t.converted = deep;
-      t.weight_zero_points = p.weight_zero_point != nullptr;
       t.rows = count;
       t.cols = cols;
       t.x_scale = scale + r;

@@ -11,6 +11,11 @@ inline __m512i broadcast4(const uint8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
+// sum += x * w in place. The intrinsic means the same, but gcc 12 copies sums from register to register around it.
+inline void add_products(__m512i* sum, __m512i x, __m512i w) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(x), "v"(w));
+}
+
 // `steps` groups of 4 in depth. For a single row two sets of sums break the dependency chains.
 template <int kRows, int kPanels>
 void product(const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel_bytes, int64_t steps, int32_t* tile) {
@@ -33,7 +38,7 @@ void product(const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel_bytes
     for (int r = 0; r < kRows; ++r) {
       const __m512i x = broadcast4(a + r * lda + s * 4);
 #pragma GCC unroll 4
-      for (int c = 0; c < kPanels; ++c) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], x, w[c]);
+      for (int c = 0; c < kPanels; ++c) add_products(&acc[r][c], x, w[c]);
     }
   }
 #pragma GCC unroll 6
@@ -46,23 +51,23 @@ void product(const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel_bytes
 template <int kRows>
 inline void product_columns(const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel_bytes, int64_t panels,
                             int64_t steps, int32_t* tile) {
-  if (panels == 4) product<kRows, 4>(a, lda, b, panel_bytes, steps, tile);
-  else if (panels == 3) product<kRows, 3>(a, lda, b, panel_bytes, steps, tile);
-  else if (panels == 2) product<kRows, 2>(a, lda, b, panel_bytes, steps, tile);
-  else product<kRows, 1>(a, lda, b, panel_bytes, steps, tile);
+  if (panels == 4) return product<kRows, 4>(a, lda, b, panel_bytes, steps, tile);
+  for (; panels >= 2; panels -= 2, b += 2 * panel_bytes, tile += 32) {
+    product<kRows, 2>(a, lda, b, panel_bytes, steps, tile);
+  }
+  if (panels) product<kRows, 1>(a, lda, b, panel_bytes, steps, tile);
+}
+
+template <int kRows>
+inline void product_rows(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t panel_bytes,
+                         int64_t panels, int64_t steps, int32_t* tile) {
+  if (rows == kRows) return product_columns<kRows>(a, lda, b, panel_bytes, panels, steps, tile);
+  if constexpr (kRows > 1) product_rows<kRows - 1>(a, lda, rows, b, panel_bytes, panels, steps, tile);
 }
 
 void vnni_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t panel_bytes, int64_t panels,
                int64_t depth, int32_t* tile) {
-  const int64_t steps = (depth + 3) / 4;
-  switch (rows) {
-    case 1: return product_columns<1>(a, lda, b, panel_bytes, panels, steps, tile);
-    case 2: return product_columns<2>(a, lda, b, panel_bytes, panels, steps, tile);
-    case 3: return product_columns<3>(a, lda, b, panel_bytes, panels, steps, tile);
-    case 4: return product_columns<4>(a, lda, b, panel_bytes, panels, steps, tile);
-    case 5: return product_columns<5>(a, lda, b, panel_bytes, panels, steps, tile);
-    default: return product_columns<6>(a, lda, b, panel_bytes, panels, steps, tile);
-  }
+  product_rows<kVnniRows>(a, lda, rows, b, panel_bytes, panels, (depth + 3) / 4, tile);
 }
 
 // 16 rows x 64 bytes at a time: a transposition of 16 x 16 groups of four bytes.

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the kernels and tests/csrc/driver.cpp without torch, under AddressSanitizer and UndefinedBehaviorSanitizer,
-# and runs every kernel that this processor has, the AMX code on emulated tiles. Arguments replace the sanitizer flags.
+# and runs every kernel that this processor has, the AMX code on emulated tiles. Arguments replace these flags.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)

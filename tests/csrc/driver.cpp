@@ -268,7 +268,9 @@ void test_linear(const KernelTable& t, int64_t m, int64_t k, int64_t n, int vari
         continue;
       }
       const double want = activate(activation, v);
-      const double allowed = std::fabs(want) * out.tolerance() * (activation >= kGelu ? 8 : 1) + 1e-7;
+      // Activations may be off by a float32 rounding of what goes into them.
+      const double curve = activation >= kGelu ? 1.2e-7 * std::fabs(v) : 0;
+      const double allowed = std::fabs(want) * out.tolerance() * (activation >= kGelu ? 4 : 1) + curve + 1e-7;
       if (dtype == kFloat32 && activation < kGelu) expect(got == (float)want, shape(t, "sum", m, k, n, variant));
       else expect(std::fabs(got - want) <= allowed, shape(t, "output", m, k, n, variant));
     }
