@@ -69,7 +69,8 @@ def quantize_weight_int8(weight: Tensor, symmetric: bool = False, axis: int = 0)
         axis: The channel axis; may be negative.
 
     Returns:
-        A per-channel affine quantized tensor. Every element is within half a scale of the original.
+        A per-channel affine quantized tensor. Every element is within half a scale of the original (and two units in
+        the last place of its channel's largest element).
 
     Raises:
         InputTypeError: ``weight`` is not a floating-point tensor.
