@@ -7,23 +7,32 @@ import click
 from mono_quant.cli.models import existing_path
 from mono_quant.cli.options import json_option
 from mono_quant.cli.output import Output, decibels_text, layer_facts, names_text, size_text
+from mono_quant.ops import system_config
 from mono_quant.report import FileSummary, inspect_file
 
 
 @click.command()
-@click.argument("path", metavar="PATH")
+@click.argument("path", metavar="[PATH]", required=False)
+@click.option("--system", is_flag=True, help="Show what quantized models run on here: processor, kernels, threads.")
 @click.option(
     "--format", "-f", "output_format", type=click.Choice(["text", "json"]), help="Another way to ask for --json."
 )
 @click.option("--layers", is_flag=True, help="List every quantized and every skipped layer.")
 @click.option("--allow-pickle", is_flag=True, help="Unpickle .pt files. This can run code: only for files you trust.")
 @json_option
-def info(output: Output, path: str, output_format: str | None, layers: bool, allow_pickle: bool) -> None:
+def info(
+    output: Output, path: str | None, system: bool, output_format: str | None, layers: bool, allow_pickle: bool
+) -> None:
     """Show what a checkpoint, a file of tensors or a transformers directory holds.
 
     Of a .safetensors file only the header is read.
     """
     output.as_json = output.as_json or output_format == "json"
+    if system == (path is not None):
+        raise click.UsageError("give either a PATH or --system")
+    if path is None:
+        _print_system(output)
+        return
     summary = inspect_file(existing_path(path), allow_pickle)
     if output.as_json:
         output.document(summary.to_dict())
@@ -34,6 +43,14 @@ def info(output: Output, path: str, output_format: str | None, layers: bool, all
     _print_file(output, summary, [] if layers else layer_facts(schemes, skipped))
     if layers:
         _print_layers(output, schemes, skipped)
+
+
+def _print_system(output: Output) -> None:
+    config = system_config()
+    if output.as_json:
+        output.document(config.to_dict())
+    else:
+        click.echo(str(config))
 
 
 def _print_file(output: Output, summary: FileSummary, layers: list[tuple[str, str]]) -> None:

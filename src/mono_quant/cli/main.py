@@ -60,7 +60,7 @@ class Commands(click.Group):
                 raise  # the reader of a pipe has seen enough: click ends quietly
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            ctx.exit(_report(error, ctx.find_object(Output)))
+            ctx.exit(_report(error, ctx.obj if isinstance(ctx.obj, Output) else None))
 
 
 def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:

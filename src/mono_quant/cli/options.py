@@ -18,7 +18,7 @@ def json_option(command: Command) -> Command:
     def prepare(ctx: click.Context, _parameter: click.Parameter, value: bool) -> Output:
         # The group prints errors as JSON too, and finds this there.
         output = Output(as_json=value)
-        ctx.obj = output
+        ctx.find_root().obj = output
         return output
 
     return click.option(
