@@ -1,8 +1,9 @@
 """mono_quant makes a PyTorch model smaller and faster with one call, and proves that it still works.
 
-result = mono_quant.quantize(model)
-result.model                          # still an nn.Module
-result.save("model.safetensors")      # plain tensors, a versioned header, no pickle
+Example:
+    result = mono_quant.quantize(model)
+    result.model                          # still an nn.Module
+    result.save("model.safetensors")      # plain tensors, a versioned header, no pickle
 """
 
 from mono_quant._version import __version__
