@@ -65,3 +65,12 @@ def test_piped_lines_are_neither_styled_nor_wrapped_nor_padded(run: Run, here: P
     assert name in text.splitlines()
     assert "\x1b" not in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_the_system_is_described_in_place_of_a_file(run: Run) -> None:
+    text = run("info", "--system").stdout
+    assert "kernels" in text
+    assert "threads" in text
+    assert document(run("info", "--system", "--json"))["backend"] in ("native", "torch", "reference")
+    run("info", code=2)
+    run("info", "q.safetensors", "--system", code=2)
