@@ -62,7 +62,7 @@ def load(argument: str, architecture: Architecture | None = None, allow_pickle: 
     header = find_header(path, allow_pickle)
     records = None if header is None else header.layers
     if path.is_dir():
-        return LoadedModel(argument, _evaluating(load_model(path) if records else load_source(path)))
+        return LoadedModel(argument, _evaluating(load_model(path) if records else load_source(path)), records=records)
     if architecture is not None:
         loaded = load_model(path, architecture, allow_pickle=allow_pickle)
         return LoadedModel(argument, _evaluating(loaded), records=records)
