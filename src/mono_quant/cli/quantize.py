@@ -11,7 +11,7 @@ from torch import nn
 
 from mono_quant.api import QuantizationResult
 from mono_quant.api import quantize as quantize_model
-from mono_quant.cli.models import is_factory, load, load_architecture
+from mono_quant.cli.models import LoadedModel, is_factory, load, load_architecture
 from mono_quant.cli.options import json_option, loading_options
 from mono_quant.cli.output import Output, decibels_text, layer_facts, seconds_text, size_text
 from mono_quant.core import QuantizationInfo
@@ -85,14 +85,7 @@ def quantize(
     path = _choose_output(argument, output_path, force)
     output.message(f"Loading {argument}")
     loaded = load(argument, load_architecture(architecture), allow_pickle)
-    if loaded.records:
-        raise InputError(
-            f"{argument} is quantized already ({len(loaded.records)} layers)",
-            suggestion="Quantize the float model that it was made from.",
-        )
-    is_transformers = isinstance(loaded.model, nn.Module) and is_transformers_model(loaded.model)
-    if not path.suffix and not is_transformers:
-        raise ConfigurationError(f"--output {path} has no suffix: only transformers models are saved as directories")
+    _require_possible(loaded, path)
     with output.progress("Quantizing") as report:
         # The float model is this process's own: nothing is lost by freeing its weights on the way.
         result = quantize_model(
@@ -148,6 +141,23 @@ def _choose_output(argument: str, chosen: Path | None, force: bool) -> Path:
     if not chosen.parent.is_dir():
         raise ConfigurationError(f"there is no directory {chosen.parent} to save {chosen.name} in")
     return chosen
+
+
+def _require_possible(loaded: LoadedModel, path: Path) -> None:
+    """Refuse what would only fail after the work.
+
+    Raises:
+        InputError: The model is quantized already.
+        ConfigurationError: ``path`` is a directory, which only transformers models are saved to.
+    """
+    if loaded.records:
+        raise InputError(
+            f"{loaded.argument} is quantized already ({len(loaded.records)} layers)",
+            suggestion="Quantize the float model that it was made from.",
+        )
+    is_transformers = isinstance(loaded.model, nn.Module) and is_transformers_model(loaded.model)
+    if not path.suffix and not is_transformers:
+        raise ConfigurationError(f"--output {path} has no suffix: only transformers models are saved as directories")
 
 
 def _print(output: Output, argument: str, path: Path, result: QuantizationResult) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mono_quant.errors import ConfigurationError, InputTypeError
+from mono_quant.errors import ConfigurationError
 from mono_quant.report.metrics import model_bytes
-from mono_quant.report.outputs import Inputs, OutputError, compare_outputs, inference, run_model
+from mono_quant.report.outputs import Inputs, OutputError, compare_outputs, inference, require_modules, run_model
 from mono_quant.report.validation import ValidationResult, compare_weights, half_precision_layers
 from mono_quant.report.weights import Model, Records, quantized_layers, stored_weight
 
@@ -127,15 +127,11 @@ def compare_models(
     outputs: tuple[OutputError, ...] = ()
     latency = None
     if inputs is not None:
-        if not (isinstance(original, nn.Module) and isinstance(quantized, nn.Module)):
-            raise InputTypeError(
-                "inputs need two modules: a state dict cannot run",
-                suggestion="Load the checkpoint into its architecture: load_model(path, model).",
-            )
-        with inference(original, quantized):
-            outputs = compare_outputs(run_model(original, inputs), run_model(quantized, inputs))
+        models = require_modules(original, quantized)
+        with inference(*models):
+            outputs = compare_outputs(*(run_model(model, inputs) for model in models))
             if repeats:
-                latency = measure_latency(original, quantized, inputs, repeats, progress)
+                latency = measure_latency(*models, inputs, repeats, progress)
     return Comparison(
         original_bytes=before,
         quantized_bytes=after,

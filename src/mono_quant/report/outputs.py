@@ -80,6 +80,20 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
     )
 
 
+def require_modules(original: object, quantized: object) -> tuple[nn.Module, nn.Module]:
+    """Answer two models that can run.
+
+    Raises:
+        InputTypeError: Either is a state dict.
+    """
+    if isinstance(original, nn.Module) and isinstance(quantized, nn.Module):
+        return original, quantized
+    raise InputTypeError(
+        "inputs need two modules: a state dict cannot run",
+        suggestion="Load the checkpoint into its architecture: load_model(path, model).",
+    )
+
+
 def named_tensors(output: Any, name: str = "") -> dict[str, Tensor]:
     """Answer the tensors inside a model's output under names; whatever else is inside is left out.
 
@@ -134,4 +148,4 @@ def compare_outputs(reference: Any, approximation: Any) -> tuple[OutputError, ..
     return tuple(errors)
 
 
-__all__ = ["Inputs", "OutputError", "compare_outputs", "inference", "named_tensors", "run_model"]
+__all__ = ["Inputs", "OutputError", "compare_outputs", "inference", "named_tensors", "require_modules", "run_model"]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mono_quant.core import LayerScheme, QuantizationInfo
 from mono_quant.core.layer_scheme import FLOAT16
-from mono_quant.errors import ConfigurationError, InputTypeError, MonoQuantError, ValidationError
+from mono_quant.errors import ConfigurationError, MonoQuantError, ValidationError
 from mono_quant.io.header import LayerRecord
 from mono_quant.report.metrics import decibels, error_energy, model_bytes
-from mono_quant.report.outputs import Inputs, compare_outputs, inference, run_model
+from mono_quant.report.outputs import Inputs, compare_outputs, inference, require_modules, run_model
 from mono_quant.report.round_trip import round_trip_faults
 from mono_quant.report.weights import Model, Records, float_weight, quantized_layers, stored_weight, weight_faults
 
@@ -83,11 +83,8 @@ def validate_quantization(
         InputTypeError: A model is neither a module nor a state dict, or ``inputs`` came with state dicts.
     """
     require_on_failure(on_failure)
-    if inputs is not None and not (isinstance(original, nn.Module) and isinstance(quantized, nn.Module)):
-        raise InputTypeError(
-            "inputs need two modules: a state dict cannot run",
-            suggestion="Load the checkpoint into its architecture: load_model(path, model).",
-        )
+    if inputs is not None:
+        require_modules(original, quantized)
     result = ValidationResult()
     before, after = model_bytes(original), model_bytes(quantized)
     result.original_size_mb, result.quantized_size_mb = before / 2**20, after / 2**20
@@ -100,9 +97,7 @@ def validate_quantization(
     result.load_test_passed = not faults
     result.errors += faults
     if inputs is not None:
-        assert isinstance(original, nn.Module)
-        assert isinstance(quantized, nn.Module)
-        _check_outputs(result, original, quantized, inputs)
+        _check_outputs(result, *require_modules(original, quantized), inputs)
     report_failures(result, on_failure)
     return result
 
