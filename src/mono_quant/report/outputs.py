@@ -75,8 +75,8 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
             f"{type(model).__name__} cannot run on these inputs: {type(error).__name__}: {error}"
         ) from error
     raise InputTypeError(
-        f"the inputs have the type {type(inputs).__name__}; expected a tensor, a tuple of positional arguments, a dict of keyword "
-        "arguments, or a function that takes the model and answers its output"
+        f"the inputs have the type {type(inputs).__name__}; expected a tensor, a tuple of positional arguments, "
+        "a dict of keyword arguments, or a function that takes the model and answers its output"
     )
 
 
