@@ -1,8 +1,8 @@
 // Linear layers whose activations stay float: weights in 4 or 8 bits with group scales, or in float16.
 //
 // A block of 128 inputs x two vectors of columns is decoded to float32 in the first-level cache, then met by all rows of
-// the block: never a float copy of more. Few rows are bound by decoding and by reading the packed weight once, many
-// rows by float32 multiply-adds.
+// the block: never a float copy of more. Few rows are bound by decoding (a shift, a permutation and a multiply-add for 16
+// int4 values), many rows by float32 multiply-adds.
 //
 // Sums run over chains of at most 32 inputs that end where a group ends: part = sum x * code, total += part * scale.
 // The order does not depend on the number of rows, so a row's result does not either. The unit that includes this file
@@ -16,6 +16,7 @@ constexpr int64_t kChain = 32;
 constexpr int64_t kDecodeDepth = 128;
 constexpr int64_t kFloatCols = 2 * kLanes;
 constexpr int64_t kDirectRows = 4;
+constexpr int64_t kPrefetchBytes = 256;
 constexpr int64_t kFloatBlockBytes = 512 * 1024;
 
 struct Chain {
@@ -193,29 +194,37 @@ void float_product(const float* x, int64_t ldx, const Chain* chains, int64_t cha
   }
 }
 
-// Few rows and four whole chains: decoded values go from register to multiply-add without passing through the panel,
-// and the chains run side by side to hide the latency. Same sums in the same order as float_product.
+// Few rows: values go from register to multiply-add without passing through the panel, four chains side by side to hide
+// the latency, one vector of columns along all whole blocks of the depth so that each weight row is read as a stream.
+// Same sums in the same order as float_product.
 template <int kBits, int kRows>
-void float_product_direct(const FloatLinearArgs& p, int64_t col, int64_t cols, const float* x, int64_t ldx,
-                          const Chain* chains, const FloatScratch& s, float* total) {
-  constexpr int64_t kPerDword = 32 / kBits, kPerChain = kChain / kPerDword;
-  const int64_t first_byte = chains[0].begin * kBits / 8;
-  const float* from = x + chains[0].begin;
-  for (int64_t half = 0; half < kFloatCols && half < cols; half += kLanes) {
+void float_product_direct(const FloatLinearArgs& p, int64_t col, int64_t cols, int64_t half, const float* x,
+                          int64_t ldx, int64_t group_size, int64_t blocks, const FloatScratch& s, float* total) {
+  constexpr int64_t kPerDword = 32 / kBits, kPerChain = kChain / kPerDword, kBlockBytes = kDecodeDepth * kBits / 8;
+  const int64_t rows = mono_quant::smaller(kLanes, cols - half), row_bytes = p.row_bytes;
+  const char* weight = (const char*)p.weight + (col + half) * row_bytes;
+  const float* scales = s.scale + half;
+  const float* zero_points = p.weight_zero_point ? s.zero_point + half : nullptr;
+  F32 sum[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) sum[r] = load_f32(total + r * kFloatCols + half);
+  for (int64_t block = 0; block < blocks; ++block, weight += kBlockBytes, x += kDecodeDepth) {
     I32 t[4 * kPerChain];
-    const char* weight = (const char*)p.weight + (col + half) * p.row_bytes + first_byte;
-    const int64_t rows = mono_quant::smaller(kLanes, cols - half);
-    // Every row is a stream of its own, too many for the processor to foresee.
+    // Every row is a stream of its own, too many for the processor to foresee. Into the second level only: rows whose
+    // length is a power of two fall into few sets of the first.
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t b = 0; b < 16 * kBits; b += 64) __builtin_prefetch(weight + r * p.row_bytes + 2 * 16 * kBits + b);
+      const char* ahead = weight + r * row_bytes + kPrefetchBytes;
+      for (int64_t b = 0; b < kBlockBytes; b += 64) __builtin_prefetch(ahead + b, 0, 2);
     }
     for (int64_t d = 0; d < 4 * kPerChain; d += kLanes) {
-      load_transposed(weight + d * 4, p.row_bytes, rows, p.row_bytes - first_byte - d * 4, t + d);
+      load_transposed(weight + d * 4, row_bytes, rows, kBlockBytes - d * 4, t + d);
     }
     F32 part[4][kRows], zero_point[4];
+    int64_t group[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      zero_point[i] = p.weight_zero_point ? load_f32(s.zero_point + chains[i].group * kFloatCols + half) : splat(0.f);
+      group[i] = (block * kDecodeDepth + i * kChain) / group_size * kFloatCols;
+      zero_point[i] = zero_points ? load_f32(zero_points + group[i]) : splat(0.f);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) part[i][r] = splat(0.f);
     }
@@ -228,26 +237,39 @@ void float_product_direct(const FloatLinearArgs& p, int64_t col, int64_t cols, c
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           F32 v = next_value<kBits>(&now[i]);
-          if (kBits != 16 && p.weight_zero_point) v = sub(v, zero_point[i]);
+          if (kBits != 16 && zero_points) v = sub(v, zero_point[i]);
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
-            part[i][r] = fma(splat(from[r * ldx + i * kChain + d * kPerDword + j]), v, part[i][r]);
+            part[i][r] = fma(splat(x[r * ldx + i * kChain + d * kPerDword + j]), v, part[i][r]);
           }
         }
       }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      float* to = total + r * kFloatCols + half;
-      F32 sum = load_f32(to);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        sum = kBits == 16 ? add(sum, part[i][r])
-                          : fma(part[i][r], load_f32(s.scale + chains[i].group * kFloatCols + half), sum);
+        sum[r] = kBits == 16 ? add(sum[r], part[i][r]) : fma(part[i][r], load_f32(scales + group[i]), sum[r]);
       }
-      store_f32(to, sum);
     }
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) store_f32(total + r * kFloatCols + half, sum[r]);
+}
+
+// The depth done: all whole blocks, if there are few rows and chains of 32 throughout; else nothing.
+template <int kBits>
+int64_t float_direct(const FloatLinearArgs& p, int64_t col, int64_t cols, const float* x, int64_t ldx, int64_t rows,
+                     int64_t group_size, const FloatScratch& s) {
+  if (rows > kDirectRows || (group_size % kChain != 0 && group_size != p.k)) return 0;
+  const int64_t blocks = p.k / kDecodeDepth;
+  for (int64_t half = 0; half < cols && half < kFloatCols; half += kLanes) {
+    if (rows == 1) float_product_direct<kBits, 1>(p, col, cols, half, x, ldx, group_size, blocks, s, s.total);
+    else if (rows == 2) float_product_direct<kBits, 2>(p, col, cols, half, x, ldx, group_size, blocks, s, s.total);
+    else if (rows == 3) float_product_direct<kBits, 3>(p, col, cols, half, x, ldx, group_size, blocks, s, s.total);
+    else float_product_direct<kBits, 4>(p, col, cols, half, x, ldx, group_size, blocks, s, s.total);
+  }
+  return blocks * kDecodeDepth;
 }
 
 template <int kRows>
@@ -308,7 +330,7 @@ void float_linear_typed(const FloatLinearArgs& p, int64_t row_begin, int64_t row
       const int64_t cols = mono_quant::smaller(kFloatCols, col_end - col);
       memset(s.total, 0, (size_t)(rows * kFloatCols * 4));
       decode_groups(p, col, cols, s);
-      for (int64_t k = 0; k < p.k;) {
+      for (int64_t k = float_direct<kBits>(p, col, cols, x, ldx, rows, group_size, s); k < p.k;) {
         // Whole chains, up to the depth of the decoded panel.
         Chain chains[kDecodeDepth / 8];
         int64_t count = 0;
@@ -318,14 +340,6 @@ void float_linear_typed(const FloatLinearArgs& p, int64_t row_begin, int64_t row
           if (k + length - k0 > kDecodeDepth) break;
           chains[count] = Chain{k, length, k / group_size};
           k += length;
-        }
-        const int64_t begin = chains[0].begin;
-        if (rows <= kDirectRows && count == 4 && k - begin == kDecodeDepth && begin == dword_start(begin)) {
-          if (rows == 1) float_product_direct<kBits, 1>(p, col, cols, x, ldx, chains, s, s.total);
-          else if (rows == 2) float_product_direct<kBits, 2>(p, col, cols, x, ldx, chains, s, s.total);
-          else if (rows == 3) float_product_direct<kBits, 3>(p, col, cols, x, ldx, chains, s, s.total);
-          else float_product_direct<kBits, 4>(p, col, cols, x, ldx, chains, s, s.total);
-          continue;
         }
         decode_panel<kBits>(p, col, cols, chains, count, s);
         for (int64_t r = 0; r < rows; r += kFloatRows) {
