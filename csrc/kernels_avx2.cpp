@@ -2,7 +2,8 @@
 //
 // The one 8-bit multiply of AVX2, vpmaddubsw, clips sums of two products to 16 bits and would change answers. Codes are
 // widened to 16 bits instead and multiplied by vpmaddwd, which is exact: 16 products per instruction, a quarter of what
-// vpdpbusd does in 512 bits. That rate is the bound for many rows; for one row it is widening the weight.
+// vpdpbusd does in 512 bits. That rate is the bound for many rows; for one row it is widening the weight. Measured as in
+// kernels_avx512vnni.cpp, against float32 in AVX-512: 1.5 to 2.1 times as fast, one row 2.0 to 4.4 times.
 #include "kernels.h"
 #include "vec_avx2.h"
 #include "rows.inl"

@@ -1,6 +1,7 @@
 // Portable kernels: no instruction beyond the compiler's baseline (SSE2 on x86-64).
 //
-// Bound of the linear: the rate of 16-bit multiply-adds, which the compiler finds in the dot products below.
+// Bound of the linear: the rate of 16-bit multiply-adds, which the compiler finds in the dot products below. Measured as
+// in kernels_avx512vnni.cpp, on SSE2 against float32 in AVX-512: 0.3 to 0.4 of its speed. It saves memory, not time.
 #include "kernels.h"
 #include "vec_generic.h"
 #include "rows.inl"
