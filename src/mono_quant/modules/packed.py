@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from multiprocessing.context import get_spawning_popen
 from threading import Lock
 from typing import Any, Final, Self
 
@@ -19,11 +21,24 @@ _PACKED: Final = ("packed_weight", "column_sum")
 _lock = Lock()
 
 
+def _renew_lock() -> None:
+    global _lock
+    _lock = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A thread that packs while the process forks does not exist in the child, where nobody would release its lock.
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 class PackedWeight(QuantizedModule):
     """A layer with an int8 matrix that moves into the kernels' tiles when it first runs on the native backend.
 
     While packed, the buffers ``packed_weight`` and ``column_sum`` stand in the place of ``weight``. Reading the
     weight, the state dict, a copy or another device sees the plain layout, rebuilt for the purpose.
+
+    The dict of buffers is replaced as a whole and never changed by packing, so that whoever iterates over it
+    meanwhile, in another thread, sees one layout.
 
     Attributes:
         shares_weight: Set where another layer holds the same codes (tied weights); such a layer stays plain, since
@@ -34,12 +49,13 @@ class PackedWeight(QuantizedModule):
 
     def _packed_weight(self) -> tuple[Tensor, Tensor] | None:
         """Answer the tiles and the column sums, packing now if that is due; ``None`` where the layer stays plain."""
-        packed = self._buffers.get("packed_weight")
+        buffers = self._buffers
+        packed = buffers.get("packed_weight")
         if packed is None:
             if torch.compiler.is_compiling() or not self._should_pack():
                 return None
-            packed = self._pack()
-        column_sum = self._buffers["column_sum"]
+            return self._pack()
+        column_sum = buffers["column_sum"]
         assert column_sum is not None
         return packed, column_sum
 
@@ -56,44 +72,47 @@ class PackedWeight(QuantizedModule):
             and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         )
 
-    def _pack(self) -> Tensor:
+    def _pack(self) -> tuple[Tensor, Tensor]:
         with _lock:
-            packed = self._buffers.get("packed_weight")
-            if packed is not None:
-                return packed
+            packed, column_sum = self._buffers.get("packed_weight"), self._buffers.get("column_sum")
+            if packed is not None and column_sum is not None:
+                return packed, column_sum
             codes = self.codes
             # Leaving inference mode makes ordinary tensors, which may be written to later.
             with torch.inference_mode(False), torch.no_grad():
                 packed = torch.ops.mono_quant.pack_weight(codes)
                 column_sum = codes.sum(dim=1, dtype=torch.int32)
             assert isinstance(packed, Tensor)
-            self._non_persistent_buffers_set.update(_PACKED)
-            self._buffers["column_sum"] = column_sum
-            self._buffers["packed_weight"] = packed
-            del self._buffers["weight"]
-            return packed
+            others = {name: tensor for name, tensor in self._buffers.items() if name != "weight"}
+            self._non_persistent_buffers_set = self._non_persistent_buffers_set.union(_PACKED)
+            self._buffers = {**others, "column_sum": column_sum, "packed_weight": packed}
+            return packed, column_sum
 
     def unpack(self) -> None:
         """Go back to the plain layout; the next run on the native backend packs again."""
         with _lock:
             if "packed_weight" not in self._buffers:
                 return
-            plain = self.codes
-            for name in _PACKED:
-                del self._buffers[name]
-            # In front, where it was: the order of a state dict is part of what users compare.
-            others = dict(self._buffers)
-            self._buffers.clear()
-            self._buffers.update({"weight": plain, **others})
+            self._buffers = self._plain(self._buffers)
 
-    @property
-    def codes(self) -> Tensor:
-        packed = self._buffers.get("packed_weight")
-        if packed is None:
-            return super().codes
+    def _plain(self, buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Answer ``buffers``, which hold tiles, in the plain layout."""
+        others = {name: tensor for name, tensor in buffers.items() if name not in _PACKED}
+        # In front, where it was: the order of a state dict is part of what users compare.
+        return {"weight": self._unpacked(buffers["packed_weight"]), **others}
+
+    def _unpacked(self, packed: Tensor | None) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             plain: Tensor = torch.ops.mono_quant.unpack_weight(packed, *self._matrix_shape())
         return plain
+
+    @property
+    def codes(self) -> Tensor:
+        buffers = self._buffers
+        packed = buffers.get("packed_weight")
+        codes = buffers["weight"] if packed is None else self._unpacked(packed)
+        assert codes is not None
+        return codes
 
     @abstractmethod
     def _matrix_shape(self) -> tuple[int, int]:
@@ -110,20 +129,22 @@ class PackedWeight(QuantizedModule):
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if "packed_weight" in self._buffers:
-            destination[prefix + "weight"] = self.codes
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with _lock:  # or the layer could move between the two
+            if "packed_weight" in self._buffers:
+                destination[prefix + "weight"] = self.codes
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         self.unpack()
         super()._load_from_state_dict(state_dict, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
+        if get_spawning_popen() is not None:
+            # A spawned process maps the very tensors that are pickled, after pickling is over: they must live on.
+            self.unpack()
         state = dict(self.__dict__)
-        if "packed_weight" in self._buffers:
-            plain = {"weight": self.codes}
-            others = {name: tensor for name, tensor in self._buffers.items() if name not in _PACKED}
-            state["_buffers"] = plain | others
+        if "packed_weight" in state["_buffers"]:
+            state["_buffers"] = self._plain(state["_buffers"])
         return state
 
 
