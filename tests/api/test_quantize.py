@@ -227,6 +227,13 @@ def test_compute_dtype_casts_what_stays_in_float() -> None:
     assert sqnr_db(model(tokens), out.float()) > 20
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_weight_and_bias_read_in_the_compute_dtype(bits: int) -> None:
+    layer = quantize(nn.Linear(32, 8), bits=bits, compute_dtype=torch.bfloat16).model
+    out = nn.functional.linear(torch.randn(2, 32, dtype=torch.bfloat16), layer.weight, layer.bias)
+    assert out.dtype == torch.bfloat16
+
+
 def test_progress_reports_every_layer() -> None:
     calls: list[tuple[int, int, str]] = []
     quantize(Block(), progress=lambda *call: calls.append(call))

@@ -136,13 +136,16 @@ def _smallest_first(chosen: list[Candidate]) -> list[Candidate]:
 
 
 def cast_rest(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what stays in float to ``dtype``: parameters and persistent buffers outside quantized layers.
+    """Cast what stays in float to ``dtype``: parameters and persistent buffers, and the biases of quantized layers.
 
+    A quantized layer's weight and bias must agree, since some models read and multiply with them.
     Buffers that are not saved with the model, such as tables of rotary frequencies, keep their precision.
     """
     for module in model.modules():
         if isinstance(module, QuantizedModule):
             module.float_dtype = dtype
+            if module.bias is not None:
+                module.set_tensor("bias", module.bias.to(dtype))
             continue
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
