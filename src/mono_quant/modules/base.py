@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -80,7 +79,6 @@ class QuantizedModule(nn.Module):
             self._buffers[name] = tensor
 
     @classmethod
-    @abstractmethod
     def like(cls, module: nn.Module, scheme: LayerScheme) -> Self:
         """Answer a layer with the geometry of ``module`` and no weight yet: its buffers are on the ``meta`` device.
 
@@ -88,6 +86,7 @@ class QuantizedModule(nn.Module):
             module: A float layer of :attr:`float_type`.
             scheme: How the new layer is quantized.
         """
+        raise NotImplementedError(f"{cls.__name__} does not say how it is made")
 
     @classmethod
     def from_float(
@@ -191,9 +190,9 @@ class QuantizedModule(nn.Module):
             else (quantized.to(self.float_dtype))
         )
 
-    @abstractmethod
     def to_float(self) -> nn.Module:
         """Answer a standard layer with the dequantized weight; this one is not modified."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it stands for")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Codes and scales only mean something together: .half() or .to(bfloat16) may move them, never round them.

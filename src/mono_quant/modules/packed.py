@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.context import get_spawning_popen
 from threading import Lock
@@ -114,9 +113,9 @@ class PackedWeight(QuantizedModule):
         assert codes is not None
         return codes
 
-    @abstractmethod
     def _matrix_shape(self) -> tuple[int, int]:
         """Answer output and input channels of the plain layout, which the padded tiles do not show."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how large its weight is")
 
     def set_tensor(self, name: str, tensor: Tensor | None) -> None:
         if name == "weight":
