@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import types
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,20 @@ def test_nothing_is_unpickled_unless_asked_for(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="NoneType at 'b'"):
         load_model(path, allow_pickle=True)
     assert not victim.exists()
+
+
+def test_a_class_that_cannot_be_imported_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("gone")
+    module.Net = type("Net", (nn.Linear,), {"__module__": "gone", "__qualname__": "Net"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gone", module)
+    path = tmp_path / "a.pt"
+    torch.save(module.Net(2, 2), path)
+    monkeypatch.delitem(sys.modules, "gone")
+    with pytest.raises(CheckpointError, match="needs the module 'gone', which cannot be imported") as caught:
+        load_source(path, allow_pickle=True)
+    assert "damaged" not in str(caught.value)
 
 
 def test_a_pickled_module_is_named_and_loads_when_allowed(tmp_path: Path) -> None:

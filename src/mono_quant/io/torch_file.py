@@ -109,6 +109,11 @@ def _load(path: Path, allow_pickle: bool) -> Any:
             f"{path} holds more than plain tensors{f' ({found[1]})' if found else ''}, and unpickling it can run code",
             suggestion="If you trust its source, pass allow_pickle=True; better, save the state dict alone.",
         ) from None
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"{path} needs the module {error.name!r}, which cannot be imported",
+            suggestion="Install it or put it on PYTHONPATH; better, save the state dict alone.",
+        ) from error
     except Exception as error:
         # Damaged archives and pickles fail in as many ways as there are bytes to damage.
         raise _damaged(path, error) from error
