@@ -441,3 +441,23 @@ def test_a_float64_model_answers_float64(bits: int) -> None:
     out = quantize(model, bits=bits).model(tokens)
     assert out.dtype == torch.float64
     assert sqnr_db(model(tokens), out) > 12
+
+
+def test_inplace_reaches_layers_that_are_also_held_in_lists_and_dicts() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.also = [self.layer]
+            self.named = {"layer": self.layer}
+
+    model = Holder()
+    quantize(model, inplace=True)
+    assert isinstance(model.layer, QuantizedLinear)
+    assert model.also[0] is model.layer
+    assert model.named["layer"] is model.layer
+
+
+def test_zero_points_asked_for_with_float16_are_answered_with_a_warning() -> None:
+    assert any("bits=16" in warning for warning in quantize(Block(), bits=16, scheme="asymmetric").warnings)
+    assert not any("bits=16" in warning for warning in quantize(Block(), bits=16).warnings)

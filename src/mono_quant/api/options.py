@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Options:
     accuracy_warning: str = "warn"
     sqnr_warning_threshold: float = 20.0
     sqnr_error_threshold: float = 10.0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8, 16):
@@ -147,6 +147,9 @@ def resolve_options(
             symmetric = False
     if symmetric is None:
         symmetric = scheme == "symmetric"
+    notes: tuple[str, ...] = ()
+    if bits == 16 and not symmetric:
+        notes = ("asymmetric has no meaning for bits=16: float16 weights have no zero points",)
     if skip_param_threshold is not None:
         if min_parameters:
             raise ConfigurationError("min_parameters and its older name skip_param_threshold were both given")
@@ -161,6 +164,7 @@ def resolve_options(
         lenient_include=(*_names(layer_names), *_selectors(layer_types)),
         lenient_skip=(*named_skips, *_selectors(skip_types), *_selectors(skip_layer_types)),
         min_parameters=min_parameters,
+        notes=notes,
         **rest,
     )
 

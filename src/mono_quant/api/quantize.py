@@ -184,7 +184,7 @@ def _run(model: nn.Module | Mapping[str, Tensor], options: Options, progress: Pr
         original_size_mb=bytes_before / 2**20,
         quantized_size_mb=bytes_after / 2**20,
         compression_ratio=bytes_before / max(1, bytes_after),
-        warnings=warnings,
+        warnings=[*options.notes, *warnings],
         skip_reasons=reasons,
         layers={name: replacements.layers[name] for name in order},
         bytes_before=bytes_before,

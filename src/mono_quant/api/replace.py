@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -110,10 +110,7 @@ def quantize_inplace(
     Returns:
         ``model``, or the new layer if ``model`` is itself the layer.
     """
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, name))
+    places = _places(model)
     result = model
     queue = _smallest_first(chosen)
     total = len(queue)
@@ -121,13 +118,27 @@ def quantize_inplace(
     while queue:
         candidate = queue.pop(0)
         layer = replacements.quantize(candidate, measure)
-        for parent, name in places.get(id(candidate.module), ()):
-            parent._modules[name] = layer
+        for container, key in places.pop(id(candidate.module), ()):
+            container[key] = layer
         if candidate.module is model:
             result = layer
         if progress is not None:
             progress(total - len(queue), total, candidate.name)
     return result
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
+    """Answer by ``id`` where each module is held: as a child, or in a list or dict that is a module's attribute."""
+    places: dict[int, list[tuple[Any, Any]]] = {}
+    for parent in model.modules():
+        for container in vars(parent).values():  # the children's dict is one of them
+            if not isinstance(container, list | dict):
+                continue
+            items = enumerate(container) if isinstance(container, list) else container.items()
+            for key, held in items:
+                if isinstance(held, nn.Module):
+                    places.setdefault(id(held), []).append((container, key))
+    return places
 
 
 def _smallest_first(chosen: list[Candidate]) -> list[Candidate]:

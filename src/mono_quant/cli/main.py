@@ -73,7 +73,7 @@ def _in_options(text: str) -> str:
     text = re.sub(r"\b(allow_pickle)=True\b", "--allow-pickle", text)
     text = text.replace("dynamic=False", "--static")
     text = re.sub(r"\b(include|skip)=(?=[\s.,]|$)", r"--\1", text)
-    return re.sub(r"\b(bits|group_size|min_parameters|compute_dtype)=(?=\w)", _option, text)
+    return re.sub(r"\b(bits|group_size|min_parameters|compute_dtype)=(?=[\w-])", _option, text)
 
 
 def _option(match: re.Match[str]) -> str:

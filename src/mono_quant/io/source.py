@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mono_quant.errors import InputError
+from mono_quant.errors import CheckpointError, InputError
 from mono_quant.integrations.transformers import is_transformers_directory, load_transformers
 from mono_quant.io.checkpoint import Checkpoint, checkpoint_path, open_checkpoint
 from mono_quant.io.torch_file import TorchFile
@@ -31,6 +31,8 @@ def load_source(path: str | Path | os.PathLike[str], *, allow_pickle: bool = Fal
         InputError: The model is quantized already.
     """
     source = checkpoint_path(path)
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist", suggestion="Check the path.")
     if is_transformers_directory(source):
         return load_transformers(source)
     with open_checkpoint(source, allow_pickle) as checkpoint:
