@@ -1,0 +1,115 @@
+"""Weights in oneDNN's layout: made on first use, never saved, never held beside the plain layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from threading import Lock
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mono_quant.graph.layers.layer import Layer
+from mono_quant.ops import get_backend
+from mono_quant.ops.torch_cpu import integer_products_are_exact
+
+_lock = Lock()
+
+
+class PackedLayer(Layer):
+    """A layer with an int8 ``weight`` that moves into oneDNN's layout when it first runs on the CPU.
+
+    While packed, the buffer ``packed_weight`` stands in the place of ``weight``. The state dict, a copy or another
+    device sees the plain layout, rebuilt for the purpose.
+    """
+
+    weight_scale: Tensor
+
+    def _pack(self, weight: Tensor, shape: list[int]) -> Tensor:
+        """Answer ``weight`` in the layout that oneDNN wants for inputs of a shape."""
+        raise NotImplementedError
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        """Answer the plain layout of ``packed``."""
+        raise NotImplementedError
+
+    def _packed_weight(self, x: Tensor) -> Tensor | None:
+        """Answer the weight packed for inputs like ``x``, packing now if that is due.
+
+        ``None`` where the specification is to run. Inputs of other shapes are right too, if slower by a reordering.
+        """
+        packed = self._buffers.get("packed_weight")
+        if packed is not None:
+            return packed
+        with _lock:
+            packed = self._buffers.get("packed_weight")
+            weight = self._buffers.get("weight")
+            if packed is not None or weight is None:
+                return packed
+            if (
+                weight.device.type != "cpu"
+                or weight.numel() == 0
+                or x.numel() == 0
+                or weight[:1].numel() > MAX_EXACT_TAPS
+                or get_backend() == "reference"
+                or not integer_products_are_exact()
+            ):
+                return None
+            with torch.inference_mode(False), torch.no_grad():
+                packed = self._pack(weight, list(x.shape))
+            self._non_persistent_buffers_set.add("packed_weight")
+            self._buffers["packed_weight"] = packed
+            del self._buffers["weight"]
+            return packed
+
+    def unpack(self) -> None:
+        """Go back to the plain layout; the next run packs again."""
+        with _lock:
+            packed = self._buffers.get("packed_weight")
+            if packed is not None:
+                plain = self._unpack(packed)
+                others = {name: t for name, t in self._buffers.items() if name != "packed_weight"}
+                self._buffers.clear()
+                self._buffers.update({"weight": plain, **others})
+
+    @property
+    def codes(self) -> Tensor:
+        """The weight's int8 codes, output channels first."""
+        packed = self._buffers.get("packed_weight")
+        if packed is not None:
+            return self._unpack(packed)
+        codes = self._buffers["weight"]
+        assert codes is not None
+        return codes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.unpack()
+        # Scales and biases mean nothing in another precision: .half() or .to(bfloat16) leave them alone.
+        before = {name: t.dtype for name, t in self._buffers.items() if t is not None}
+        kept = {name: t for name, t in self._buffers.items() if t is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, dtype in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != dtype:
+                self._buffers[name] = kept[name].to(after.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if "packed_weight" in self._buffers:
+            destination[prefix + "weight"] = self.codes
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if "packed_weight" in self._buffers:
+            others = {name: t for name, t in self._buffers.items() if name != "packed_weight"}
+            state["_buffers"] = {"weight": self.codes, **others}
+        return state
+
+
+# 255 * 127 * taps must stay below 2**31 for int32 sums; beyond, the specification adds up in float64.
+MAX_EXACT_TAPS = 65_536

@@ -1,0 +1,181 @@
+"""Steps over the positions of an image: averages, maxima, padding, joining."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mono_quant.graph.arithmetic import LARGEST_CODE, QParams, memory_format
+from mono_quant.graph.layers.layer import Layer
+
+_AVERAGES: Final[tuple[Callable[..., Tensor], ...]] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+
+
+@dataclass(frozen=True)
+class GlobalAverageSpec:
+    """A mean over all positions.
+
+    Attributes:
+        input: Scale and zero point of the codes.
+        keepdim: Whether the positions stay as dimensions of size 1.
+    """
+
+    input: QParams
+    keepdim: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input", QParams(*self.input))
+
+
+class GlobalAverage(Layer):
+    """The mean over all positions, exact: codes ``[B, C, *spatial]`` to float32 ``[B, C, 1, ...]`` or ``[B, C]``."""
+
+    kind: ClassVar[str] = "global_average"
+    spec_type: ClassVar[type[GlobalAverageSpec]] = GlobalAverageSpec
+    spec: GlobalAverageSpec
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = list(range(2, x.dim()))
+        total = x.sum(positions, keepdim=self.spec.keepdim, dtype=torch.int32)
+        count = x.shape[2:].numel()
+        return total.float().div_(count).sub_(self.spec.input.zero_point).mul_(self.spec.input.scale)
+
+
+@dataclass(frozen=True)
+class AveragePoolSpec:
+    """Geometry of an average pooling.
+
+    Attributes:
+        kernel_size, stride, padding: One entry for each spatial dimension; the padding is with real zeros.
+        ceil_mode, count_include_pad, divisor_override: As in PyTorch.
+        input: Scale and zero point of the codes; the answer has the same.
+    """
+
+    kernel_size: list[int]
+    stride: list[int]
+    padding: list[int]
+    ceil_mode: bool
+    count_include_pad: bool
+    divisor_override: int | None
+    input: QParams
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input", QParams(*self.input))
+
+
+class AveragePool(Layer):
+    """Means over windows, rounded to the nearest code of the same scale: off by half a step at most."""
+
+    kind: ClassVar[str] = "average_pool"
+    spec_type: ClassVar[type[AveragePoolSpec]] = AveragePoolSpec
+    spec: AveragePoolSpec
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        divisor = [spec.divisor_override] if x.dim() > 3 else []
+        means = _AVERAGES[x.dim() - 3](
+            x.float().sub_(spec.input.zero_point),
+            spec.kernel_size, spec.stride, spec.padding, spec.ceil_mode, spec.count_include_pad, *divisor,
+        )  # fmt: skip
+        codes = means.round_().add_(spec.input.zero_point).clamp_(0, LARGEST_CODE)
+        return codes.to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class MaxPoolSpec:
+    """Geometry of a max pooling: one entry for each spatial dimension; ``ceil_mode`` as in PyTorch."""
+
+    kernel_size: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    ceil_mode: bool
+
+
+class MaxPool(Layer):
+    """Maxima over windows, exact: codes have the order of the values that they stand for.
+
+    PyTorch's own max pooling takes 8-bit integers only for images of up to 127 pixels. Here the maximum is taken along
+    one dimension at a time, over shifted views.
+    """
+
+    kind: ClassVar[str] = "max_pool"
+    spec_type: ClassVar[type[MaxPoolSpec]] = MaxPoolSpec
+    spec: MaxPoolSpec
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        sizes = [self._output_size(x.shape[dim + 2], dim) for dim in range(x.dim() - 2)]
+        sides: list[int] = []
+        for dim in reversed(range(x.dim() - 2)):
+            reach = (sizes[dim] - 1) * spec.stride[dim] + spec.dilation[dim] * (spec.kernel_size[dim] - 1) + 1
+            sides += [spec.padding[dim], max(reach - spec.padding[dim] - x.shape[dim + 2], 0)]
+        if any(sides):
+            # No code is smaller than 0, so padding never wins against a value.
+            x = F.pad(x, sides)
+        for dim, size in enumerate(sizes):
+            x = self._maximum(x, dim, size)
+        return x.contiguous(memory_format=memory_format(x.dim()))
+
+    def _maximum(self, x: Tensor, dim: int, size: int) -> Tensor:
+        spec = self.spec
+        step = spec.stride[dim]
+        views = []
+        for tap in range(spec.kernel_size[dim]):
+            start = tap * spec.dilation[dim]
+            view = x.narrow(dim + 2, start, (size - 1) * step + 1) if size else x.narrow(dim + 2, 0, 0)
+            views.append(view if step == 1 else _every(view, dim + 2, step))
+        if len(views) == 1:
+            return views[0].clone()  # every step answers memory of its own
+        out = torch.maximum(views[0], views[1])
+        for view in views[2:]:
+            torch.maximum(out, view, out=out)
+        return out
+
+    def _output_size(self, size: int, dim: int) -> int:
+        spec = self.spec
+        step = spec.stride[dim]
+        span = size + 2 * spec.padding[dim] - spec.dilation[dim] * (spec.kernel_size[dim] - 1) - 1
+        count = (span + (step - 1 if spec.ceil_mode else 0)) // step + 1
+        if spec.ceil_mode and (count - 1) * step >= size + spec.padding[dim]:
+            count -= 1  # a window must start inside the image or its left padding
+        return max(count, 0)
+
+
+def _every(x: Tensor, dim: int, step: int) -> Tensor:
+    index: list[slice] = [slice(None)] * x.dim()
+    index[dim] = slice(None, None, step)
+    return x[tuple(index)]
+
+
+@dataclass(frozen=True)
+class PadSpec:
+    """Zero padding of codes.
+
+    Attributes:
+        pad: As :func:`torch.nn.functional.pad` takes it: last dimension first, both sides.
+        input: Scale and zero point of the codes; the answer has the same.
+    """
+
+    pad: list[int]
+    input: QParams
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input", QParams(*self.input))
+
+
+class Pad(Layer):
+    """Pads with the code that stands for 0.0, exact."""
+
+    kind: ClassVar[str] = "pad"
+    spec_type: ClassVar[type[PadSpec]] = PadSpec
+    spec: PadSpec
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, self.spec.pad, value=self.spec.input.zero_point)
+        return padded.contiguous(memory_format=memory_format(x.dim()))

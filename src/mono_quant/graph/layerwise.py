@@ -1,0 +1,154 @@
+"""Static layers inside the model as it is, for models that cannot be captured as a graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant.calibration import Batch, Observer, call_model, create_observer, evaluating, watching
+from mono_quant.core.mappers import QUINT8
+from mono_quant.errors import InputError, MonoQuantError
+from mono_quant.graph import build
+from mono_quant.graph.arithmetic import QParams
+from mono_quant.graph.float_layers import FloatConv, FloatLayer, FloatLinear
+from mono_quant.graph.layers import KINDS, Layer
+from mono_quant.graph.layers.elementwise import OutputSpec, Quantize
+from mono_quant.graph.layers.layer import build_layer
+from mono_quant.graph.observe import ChannelMean
+from mono_quant.graph.options import StaticOptions, StaticReport
+
+# By exact type: a subclass may do something else with its weight.
+_TYPES: Final = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class StaticLayer(nn.Module):
+    """Stands in for one float layer: quantizes the input with a fixed scale, computes in 8 bits, answers floats.
+
+    Args:
+        layer: The 8-bit layer, which answers float32.
+        scale: Scale and zero point of the input.
+        dims: Dimensions of an input with a batch; one less is a single sample. ``None`` if any number will do.
+    """
+
+    def __init__(self, layer: Layer, scale: QParams, dims: int | None) -> None:
+        super().__init__()
+        self.quantize = Quantize(OutputSpec(scale))
+        self.layer = layer
+        self.dims = dims
+
+    def forward(self, input: Tensor) -> Tensor:
+        single = self.dims is not None and input.dim() == self.dims - 1
+        out: Tensor = self.layer(self.quantize(input.unsqueeze(0) if single else input))
+        return (out.squeeze(0) if single else out).to(input.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Answer the layer without its numbers as plain values; :meth:`from_description` undoes it."""
+        return {"layer": self.layer.describe(), "scale": list(self.quantize.spec.output), "dims": self.dims}
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> StaticLayer:
+        """Answer a layer whose buffers have the right shapes and no values yet."""
+        return cls(build_layer(description["layer"], KINDS), QParams(*description["scale"]), description["dims"])
+
+
+def quantize_layerwise(
+    model: nn.Module, batches: Iterator[Batch], total: int | None, options: StaticOptions, report: StaticReport
+) -> nn.Module:
+    """Answer a copy of ``model`` whose convolutions and linears are static 8-bit layers; ``model`` is not modified.
+
+    Args:
+        model: In any mode.
+        batches: Calibration batches.
+        total: How many samples there are, if known.
+        options: See :class:`StaticOptions`.
+        report: Gets the layers, and those left in float with the reason.
+
+    Raises:
+        InputError: The model fails on a batch, or cannot be copied.
+        QuantizationError: A weight or an activation is not finite; names the layer.
+    """
+    chosen: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if type(module) in _TYPES:
+            reason = "named in skip" if name in options.skip else _objection(module)
+            if reason is None:
+                chosen[name] = module
+            else:
+                report.skipped[name] = reason
+    observers = {name: create_observer(options.observer, dtype=QUINT8, name=name) for name in chosen}
+    means = {name: ChannelMean() for name in chosen} if options.correct_bias else {}
+    with evaluating(model), watching(model, inputs=observers), watching(model, inputs=means):
+        for index, batch in enumerate(batches):
+            call_model(model, batch, index)
+            report.samples += batch.samples
+            if options.progress is not None:
+                options.progress(report.samples, total, "calibrating")
+    memo: dict[int, Any] = {}
+    for name, module in chosen.items():
+        if observers[name].channels is None:
+            report.skipped[name] = "the calibration data never reached it"
+            continue
+        mean = means[name].mean if name in means else None
+        memo[id(module)] = _static_layer(name, module, observers[name], mean)
+        report.layers.append(name)
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception as error:
+        raise InputError(f"the model ({type(model).__name__}) cannot be copied: {error}") from error
+
+
+def _objection(module: nn.Module) -> str | None:
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"its padding mode is {module.padding_mode}"
+    if isinstance(getattr(module, "padding", 0), str) and module.padding != "valid":
+        pads = cast(list[int], module._reversed_padding_repeated_twice)
+        if pads[::2] != pads[1::2]:
+            return "its padding is not the same on both sides"
+    return None
+
+
+def _static_layer(name: str, module: nn.Module, observer: Observer, mean: Tensor | None) -> StaticLayer:
+    scale, zero_point = observer.calculate_qparams()
+    given = QParams(float(scale), int(zero_point))
+    layer = _float_layer(module)
+    try:
+        if isinstance(layer, FloatConv):
+            return StaticLayer(build.convolution(layer, given, None, None, mean), given, layer.weight.dim())
+        return StaticLayer(build.static_linear(layer, given, None, mean), given, None)
+    except MonoQuantError as error:
+        raise type(error)(f"layer {name!r}: {error.message}", error.suggestion) from error
+
+
+def _float_layer(module: Any) -> FloatLayer:
+    weight = module.weight.detach().to(torch.float32)
+    bias = None if module.bias is None else module.bias.detach().to(torch.float32)
+    if isinstance(module, nn.Linear):
+        return FloatLinear(weight, bias)
+    padding = module.padding
+    if isinstance(padding, str):
+        padding = module._reversed_padding_repeated_twice[::-2] if padding == "same" else [0] * len(module.stride)
+    return FloatConv(weight, bias, list(module.stride), list(padding), list(module.dilation), module.groups)
+
+
+def describe_layers(model: nn.Module) -> dict[str, Any]:
+    """Answer the static layers inside a model by name, as plain values."""
+    return {name: module.describe() for name, module in model.named_modules() if isinstance(module, StaticLayer)}
+
+
+def put_layers(model: nn.Module, descriptions: dict[str, Any]) -> nn.Module:
+    """Answer a copy of the float ``model`` with static layers, without values yet, in the described places.
+
+    Raises:
+        CheckpointError: A description is damaged.
+        InputError: The model has no module of a described name.
+    """
+    modules = dict(model.named_modules())
+    missing = sorted(descriptions.keys() - modules.keys())
+    if missing:
+        raise InputError(f"the model has no layer named {', '.join(missing)}, which the checkpoint describes")
+    memo: dict[int, Any] = {id(modules[name]): StaticLayer.from_description(d) for name, d in descriptions.items()}
+    return copy.deepcopy(model, memo)

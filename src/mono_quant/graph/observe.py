@@ -1,0 +1,116 @@
+"""Runs the folded float graph over calibration data and watches the values that become codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mono_quant.calibration import Batch, Observer, create_observer
+from mono_quant.core.mappers import QUINT8
+from mono_quant.errors import InputError, MonoQuantError
+from mono_quant.graph.arithmetic import QParams
+from mono_quant.graph.capture import Captured
+from mono_quant.graph.options import StaticOptions
+
+
+class ChannelMean:
+    """The running mean of each channel (dimension 1, or the last of a matrix)."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._count = 0
+
+    def __call__(self, x: Tensor) -> None:
+        axis = 1 if x.dim() > 2 else x.dim() - 1
+        others = [dim for dim in range(x.dim()) if dim != axis]
+        total = x.detach().sum(others, dtype=torch.float32).double()
+        self._total = total if self._total is None else self._total + total
+        self._count += x.numel() // x.shape[axis]
+
+    @property
+    def mean(self) -> Tensor | None:
+        """float64 ``[channels]``; ``None`` before anything was seen."""
+        return None if self._total is None else self._total / max(self._count, 1)
+
+
+class Statistics:
+    """What calibration learned: a range for each watched node, a mean for each input of a layer."""
+
+    def __init__(self, watched: dict[fx.Node, str], averaged: set[fx.Node], options: StaticOptions) -> None:
+        self.observers: dict[fx.Node, Observer] = {
+            node: create_observer(options.observer, dtype=QUINT8, name=name) for node, name in watched.items()
+        }
+        self.means = {node: ChannelMean() for node in averaged} if options.correct_bias else {}
+        self.samples = 0
+
+    def qparams(self, node: fx.Node) -> QParams:
+        """Answer scale and zero point of a watched node.
+
+        Raises:
+            QuantizationError: It was never reached; names it.
+        """
+        scale, zero_point = self.observers[node].calculate_qparams()
+        return QParams(float(scale), int(zero_point))
+
+    def mean(self, node: fx.Node) -> Tensor | None:
+        """Answer the mean of each channel of a layer's input, if it was gathered."""
+        return self.means[node].mean if node in self.means else None
+
+
+class _Watching(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, statistics: Statistics) -> None:
+        super().__init__(module)
+        self._statistics = statistics
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        for watchers in (self._statistics.observers, self._statistics.means):
+            watcher = watchers.get(n)
+            if watcher is not None:
+                watcher(value)
+        return value
+
+
+def observe(
+    captured: Captured, statistics: Statistics, batches: Iterator[Batch], total: int | None, options: StaticOptions
+) -> None:
+    """Run every batch through the float graph.
+
+    Raises:
+        InputError: The graph fails on a batch; names the batch and what it holds.
+        QuantizationError: A value is not finite; names where.
+    """
+    interpreter = _Watching(captured.module, statistics)
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            try:
+                interpreter.run(*_ordered(captured, batch))
+            except MonoQuantError:
+                raise
+            except Exception as error:
+                raise InputError(
+                    f"the model failed on calibration batch {index} ({batch.describe()}): "
+                    f"{type(error).__name__}: {error}",
+                    suggestion="Every batch must have the shapes, dtypes and device of the first, apart from sizes "
+                    "that the model leaves open.",
+                ) from error
+            statistics.samples += batch.samples
+            if options.progress is not None:
+                options.progress(statistics.samples, total, "calibrating")
+
+
+def _ordered(captured: Captured, batch: Batch) -> list[Any]:
+    given = dict(zip(captured.parameters, batch.args, strict=False)) | batch.kwargs
+    if given.keys() != set(captured.inputs):
+        raise InputError(f"a calibration batch holds {sorted(given)}, the first held {sorted(captured.inputs)}")
+    return [given[name] for name in captured.inputs]
+
+
+def first_and_all(batches: Iterator[Batch]) -> tuple[Batch, Iterator[Batch]]:
+    """Answer the first batch, and all of them including it."""
+    first = next(batches)
+    return first, chain([first], batches)

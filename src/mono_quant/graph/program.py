@@ -1,0 +1,184 @@
+"""The static graph as a module: a list of steps over numbered values, run one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import nn
+
+from mono_quant.errors import CheckpointError, InputError
+from mono_quant.graph.layers import KINDS, Layer
+from mono_quant.graph.layers.layer import build_layer
+
+FORMAT_VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a layer.
+
+    Attributes:
+        name: The layer or operation of the float model that it comes from.
+        inputs: Numbers of the values that it takes.
+        output: Number of the value that it answers.
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    output: int
+
+
+class StaticGraph(nn.Module):
+    """A model whose activations stay 8-bit codes from layer to layer.
+
+    It is called as the float model was. Values get numbers: first the inputs, then the answers of the steps; each is
+    let go after its last use.
+
+    Args:
+        steps: What to do, in order.
+        layers: The layer of each step.
+        parameters: Names of the float model's parameters of ``forward``, in order.
+        inputs: Names of those that are tensors of the graph, numbered from 0.
+        output: What to answer: a nest of lists of the form ``[kind, content]``, see :func:`output_of`.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        layers: Sequence[Layer],
+        parameters: Sequence[str],
+        inputs: Sequence[str],
+        output: Any,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.steps = tuple(steps)
+        self.parameter_names = tuple(parameters)
+        self.input_names = tuple(inputs)
+        self.output = output
+        self._values = max([len(inputs) - 1, *(step.output for step in steps)]) + 1
+        self._released = _last_uses(self.steps, set(numbers_in(output)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        values: list[Any] = [None] * self._values
+        values[: len(self.input_names)] = self._bind(args, kwargs)
+        for step, layer, released in zip(self.steps, self.layers, self._released, strict=True):
+            values[step.output] = layer(*[values[number] for number in step.inputs])
+            for number in released:
+                values[number] = None
+        return output_of(self.output, values)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        given = dict(zip(self.parameter_names, args, strict=False)) | kwargs
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(args) > len(self.parameter_names) or given.keys() != set(self.input_names):
+            raise InputError(
+                f"the static graph takes {', '.join(self.input_names)}, found {', '.join(given) or 'nothing'}",
+                suggestion="It was captured with these inputs; other arguments need a calibration of their own.",
+            )
+        return [given[name] for name in self.input_names]
+
+    def describe(self) -> dict[str, Any]:
+        """Answer the graph without its numbers as plain values for a checkpoint; :meth:`from_description` undoes it."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "parameters": list(self.parameter_names),
+            "inputs": list(self.input_names),
+            "output": self.output,
+            "steps": [
+                {
+                    "name": step.name,
+                    "inputs": list(step.inputs),
+                    "output": step.output,
+                    "layer": _layer(layer).describe(),
+                }
+                for step, layer in zip(self.steps, self.layers, strict=True)
+            ],
+        }
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> StaticGraph:
+        """Answer a graph whose buffers have the right shapes and no values yet: load its state dict next.
+
+        Raises:
+            CheckpointError: The description is from a newer version, or is not one of a static graph.
+        """
+        version = description.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the static graph is of format {version!r}, this version reads {FORMAT_VERSION}",
+                suggestion="Load it with the version of mono_quant that wrote it.",
+            )
+        try:
+            steps = [
+                Step(str(step["name"]), tuple(int(n) for n in step["inputs"]), int(step["output"]))
+                for step in description["steps"]
+            ]
+            layers = [build_layer(step["layer"], KINDS) for step in description["steps"]]
+            parameters, inputs = ([str(name) for name in description[key]] for key in ("parameters", "inputs"))
+            graph = cls(steps, layers, parameters, inputs, description["output"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"the description of a static graph is damaged: {error!r}") from error
+        graph._require_order()
+        return graph
+
+    def _require_order(self) -> None:
+        known = set(range(len(self.input_names)))
+        for step in self.steps:
+            if not known.issuperset(step.inputs) or step.output in known:
+                raise CheckpointError(f"the description of a static graph is damaged at step {step.name!r}")
+            known.add(step.output)
+        if not known.issuperset(numbers_in(self.output)):
+            raise CheckpointError("the description of a static graph is damaged: its answer is never computed")
+
+
+def _layer(module: nn.Module) -> Layer:
+    assert isinstance(module, Layer)
+    return module
+
+
+def _last_uses(steps: Sequence[Step], kept: set[int]) -> list[tuple[int, ...]]:
+    last: dict[int, int] = {}
+    for index, step in enumerate(steps):
+        # An answer that nothing uses is let go at once.
+        for number in (*step.inputs, step.output):
+            last[number] = index
+    released: list[list[int]] = [[] for _ in steps]
+    for number, index in last.items():
+        if number not in kept:
+            released[index].append(number)
+    return [tuple(numbers) for numbers in released]
+
+
+def output_of(structure: Any, values: Sequence[Any]) -> Any:
+    """Answer values in the form of the float model's answer.
+
+    ``["value", n]`` is value ``n``; ``["list", [...]]`` and ``["tuple", [...]]`` hold structures, ``["dict", {...}]``
+    structures by key; ``["constant", c]`` is ``c``.
+    """
+    kind, content = structure
+    if kind == "value":
+        return values[content]
+    if kind == "constant":
+        return content
+    if kind == "dict":
+        return {key: output_of(item, values) for key, item in content.items()}
+    items = [output_of(item, values) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def numbers_in(structure: Any) -> list[int]:
+    """Answer the numbers of the values in an answer's structure."""
+    kind, content = structure
+    if kind == "value":
+        return [int(content)]
+    if kind == "constant":
+        return []
+    if kind not in ("dict", "list", "tuple"):
+        raise ValueError(f"unknown structure {kind!r}")
+    items = content.values() if kind == "dict" else content
+    return [number for item in items for number in numbers_in(item)]
