@@ -117,7 +117,7 @@ class BuildNative(build_ext):
             f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
             f'-DMONO_QUANT_VERSION="{version()}"',
         ]
-        jobs = [("ops.cpp", glue), ("isa.cpp", glue), *units()]
+        jobs = [*((path.name, glue) for path in sorted(CSRC.glob("ops_*.cpp"))), ("isa.cpp", glue), *units()]
         with tempfile.TemporaryDirectory() as directory:
 
             def compile_one(job: tuple[str, list[str]]) -> str:

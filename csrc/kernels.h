@@ -1,4 +1,4 @@
-// The contract between the operators (ops.cpp, which knows torch) and the kernels (one translation unit per
+// The contract between the operators (ops_*.cpp, which know torch) and the kernels (one translation unit per
 // instruction set, which know raw pointers only).
 //
 // Every kernel unit fills one KernelTable. All else in such a unit has internal linkage: an inline function or a

@@ -113,6 +113,8 @@ void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int
 }  // namespace
 
 #include "linear.inl"
+#include "float_decode.inl"
+#include "float_direct.inl"
 #include "float_linear.inl"
 
 namespace mono_quant {

@@ -38,6 +38,8 @@ inline void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t*
 }  // namespace
 
 #include "linear.inl"
+#include "float_decode.inl"
+#include "float_direct.inl"
 #include "float_linear.inl"
 
 namespace mono_quant {

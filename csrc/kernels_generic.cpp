@@ -67,6 +67,8 @@ void pack_panel(const int8_t* weight, int64_t n, int64_t k, int64_t panel, int8_
 }  // namespace
 
 #include "linear.inl"
+#include "float_decode.inl"
+#include "float_direct.inl"
 #include "float_linear.inl"
 
 namespace mono_quant {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.ops.operands import ACTIVATIONS, DTYPES, OPS, LinearWeight, in_dtype,
 
 pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
 
+CSRC = Path(__file__).parents[2] / "csrc"
 SIZES = (1, 2, 3, 5, 15, 16, 17, 33, 63, 64, 65, 100, 130, 200)
 
 
@@ -210,7 +212,7 @@ class TestObjectCode:
     WIDER = {  # noqa: RUF012
         "kernels_generic.cpp": ("%ymm", "%zmm"),
         "kernels_avx2.cpp": ("%zmm", "%k1", "%xmm16", "%ymm16", "%ymm31"),
-        "ops.cpp": ("%ymm", "%zmm"),
+        **{path.name: ("%ymm", "%zmm") for path in CSRC.glob("ops_*.cpp")},
         "isa.cpp": ("%ymm", "%zmm"),
     }
 
