@@ -1,9 +1,10 @@
 """The public calls: quantize a model, take a quantization back, and what they answer."""
 
 from mono_quant.api.options import Selector, Selectors
-from mono_quant.api.quantize import dynamic_quantize, quantize
+from mono_quant.api.quantize import quantize
 from mono_quant.api.result import QuantizationResult
 from mono_quant.api.revert import dequantize_model
+from mono_quant.api.shorthands import dynamic_quantize
 from mono_quant.errors import (
     BackendError,
     CheckpointError,

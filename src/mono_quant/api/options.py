@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ class Options:
 
 def resolve_options(
     *,
-    bits: int,
+    bits: int | Mapping[str, int],
     scheme: str,
     include: Selectors | None,
     skip: Selectors | None,
@@ -135,6 +135,8 @@ def resolve_options(
             raise ConfigurationError(
                 "include names no layer at all", suggestion="Leave it out to quantize every layer that can be."
             )
+    if isinstance(bits, Mapping):
+        raise ConfigurationError("bits for single layers are not available in this version")
     if scheme not in ("symmetric", "asymmetric"):
         raise ConfigurationError(f"scheme={scheme!r} is not one of symmetric, asymmetric")
     if config is not None:

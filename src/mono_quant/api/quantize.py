@@ -1,39 +1,43 @@
-"""The one call: ``quantize``, and ``dynamic_quantize`` as mono-quant 1.1 names it."""
+"""The one call: ``quantize``."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress as ProgressBar
 from torch import Tensor, nn
 
 from mono_quant import integrations as integrations  # registers layers of other libraries
-from mono_quant.api.options import Options, Selectors, resolve_options
-from mono_quant.api.replace import Progress, Replacements, cast_rest, quantize_copy, quantize_inplace
+from mono_quant.algorithms import AlgorithmOptions
+from mono_quant.api.layers import quantize_layers
+from mono_quant.api.method import (
+    LAYERS,
+    SEARCH,
+    Budget,
+    Calibration,
+    EvalFn,
+    Request,
+    StaticChoices,
+    choose_method,
+)
+from mono_quant.api.options import Selectors, resolve_options
+from mono_quant.api.progress import progress_bar
+from mono_quant.api.replace import Progress
 from mono_quant.api.result import QuantizationResult
-from mono_quant.api.selection import select_layers
-from mono_quant.api.state_dict import quantize_state_dict
+from mono_quant.api.search import search_precision
+from mono_quant.api.static import quantize_with_calibration
 from mono_quant.config import QuantizationConfig
-from mono_quant.core.mappers import QINT8
-from mono_quant.core.quantization_info import QuantizationInfo
-from mono_quant.errors import ConfigurationError, InputError, InputTypeError, QuantizationError, ValidationError
+from mono_quant.errors import InputTypeError
 from mono_quant.io import load_source
-from mono_quant.modules import disable_fused_path, mark_layers_that_share
-from mono_quant.modules import fuse_activations as fuse_activation_modules
-from mono_quant.report import decibels, model_bytes
 
 Model = nn.Module | Mapping[str, Tensor] | str | Path
 
 
 def quantize(
     model: Model,
-    bits: int = 8,
+    bits: int | Mapping[str, int] = 8,
     dynamic: bool | None = None,
     scheme: str = "symmetric",
     calibration_data: Any = None,
@@ -46,6 +50,17 @@ def quantize(
     compute_dtype: torch.dtype | None = None,
     fuse_activations: bool = True,
     inplace: bool = False,
+    algorithm: str | Sequence[str] | None = None,
+    algorithm_options: AlgorithmOptions | None = None,
+    observer: str | None = None,
+    equalize: bool | None = None,
+    correct_bias: bool | None = None,
+    eval_fn: EvalFn | None = None,
+    max_drop: float | None = None,
+    min_sqnr_db: float | None = None,
+    max_bytes: int | None = None,
+    seed: int | None = None,
+    resume: str | Path | None = None,
     progress: Progress | None = None,
     run_validation: bool = True,
     on_failure: str = "error",
@@ -118,7 +133,12 @@ def quantize(
         QuantizationError: A weight is not finite (its layer is named), or there is nothing to quantize.
         ValidationError: The error of the weights is beyond a threshold that is set to ``"error"``.
     """
-    _require_dynamic(dynamic, calibration_data, num_calibration_samples)
+    request = Request(
+        bits=bits, group_size=group_size, dynamic=dynamic, algorithm=algorithm, algorithm_options=algorithm_options,
+        calibration=Calibration(calibration_data, num_calibration_samples),
+        static=StaticChoices(observer, equalize, correct_bias),
+        budget=Budget(eval_fn, max_drop, min_sqnr_db, max_bytes, seed, resume),
+    )  # fmt: skip
     options = resolve_options(
         bits=bits, scheme=scheme, include=include, skip=skip, min_parameters=min_parameters, group_size=group_size,
         compute_dtype=compute_dtype, fuse_activations=fuse_activations, inplace=inplace,
@@ -129,174 +149,16 @@ def quantize(
         skip_layer_types=skip_layer_types, modules_to_not_convert=modules_to_not_convert,
         skip_param_threshold=skip_param_threshold,
     )  # fmt: skip
+    method = choose_method(request)
     source = load_source(model) if isinstance(model, str | Path) else model
-    with _progress(progress, show_progress) as report:
-        return _run(source, options, report)
-
-
-def _require_dynamic(dynamic: bool | None, calibration_data: Any, num_calibration_samples: int | None) -> None:
-    if calibration_data is not None:
-        if dynamic:
-            raise ConfigurationError(
-                "dynamic=True and calibration_data contradict each other",
-                suggestion="Dynamic quantization needs no data: leave calibration_data out.",
+    with progress_bar(progress, show_progress) as report:
+        if method == LAYERS:
+            return quantize_layers(source, options, request, report)
+        if not isinstance(source, nn.Module):
+            raise InputTypeError(
+                f"calibration and search run the model, and a {type(source).__name__} cannot be run",
+                suggestion="Pass the torch.nn.Module, or a transformers directory.",
             )
-        raise ConfigurationError(
-            "static quantization with calibration_data is not available in this version",
-            suggestion="Leave calibration_data out: dynamic quantization needs none.",
-        )
-    if dynamic is False:
-        raise InputError(
-            "dynamic=False asks for static quantization, which needs calibration_data",
-            suggestion="Leave dynamic out, or set it to True.",
-        )
-    if num_calibration_samples is not None:
-        raise ConfigurationError("num_calibration_samples was given without calibration_data")
-
-
-def _run(model: nn.Module | Mapping[str, Tensor], options: Options, progress: Progress | None) -> QuantizationResult:
-    started = time.perf_counter()
-    replacements = Replacements()
-    quantized: nn.Module | dict[str, Tensor]
-    if isinstance(model, nn.Module):
-        bytes_before = model_bytes(model)
-        quantized, order, reasons, warnings = _run_module(model, options, replacements, progress)
-    elif isinstance(model, Mapping):
-        if options.compute_dtype is not None:
-            raise ConfigurationError("compute_dtype applies to modules; a state dict computes nothing")
-        bytes_before = model_bytes(model)
-        quantized, reasons = quantize_state_dict(model, options, replacements, progress)
-        order, warnings = list(replacements.layers), []
-    else:
-        raise InputTypeError(
-            f"cannot quantize a {type(model).__name__}; expected a torch.nn.Module, a state dict or a path"
-        )
-    if not replacements.layers:
-        raise QuantizationError(f"nothing to quantize: {_why_nothing(reasons)}")
-    bytes_after = model_bytes(quantized)
-    info = QuantizationInfo(
-        selected_layers=order,
-        skipped_layers=list(reasons),
-        calibration_samples_used=0,
-        dtype=options.dtype,
-        symmetric=options.symmetric,
-        sqnr_db=decibels(replacements.signal, replacements.noise) if options.run_validation else None,
-        original_size_mb=bytes_before / 2**20,
-        quantized_size_mb=bytes_after / 2**20,
-        compression_ratio=bytes_before / max(1, bytes_after),
-        warnings=[*options.notes, *warnings],
-        skip_reasons=reasons,
-        layers={name: replacements.layers[name] for name in order},
-        bytes_before=bytes_before,
-        bytes_after=bytes_after,
-        seconds=time.perf_counter() - started,
-    )
-    _check_accuracy(info, options)
-    return QuantizationResult(quantized, info, list(info.warnings))
-
-
-def _run_module(
-    model: nn.Module, options: Options, replacements: Replacements, progress: Progress | None
-) -> tuple[nn.Module, list[str], dict[str, str], list[str]]:
-    """Answer the quantized model, its quantized layers in order, the reasons for the others, and warnings."""
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        raise InputTypeError(
-            f"cannot replace layers inside a compiled model ({type(model).__name__})",
-            suggestion="Quantize the module first and compile the result.",
-        )
-    selection = select_layers(model, options)
-    order = [candidate.name for candidate in selection.chosen]
-    if not order:
-        return model, order, selection.skip_reasons, selection.warnings
-    replace = quantize_inplace if options.inplace else quantize_copy
-    quantized = replace(model, selection.chosen, replacements, options.run_validation, progress)
-    if options.compute_dtype is not None:
-        cast_rest(quantized, options.compute_dtype)
-    mark_layers_that_share(quantized)
-    if options.fuse_activations:
-        fuse_activation_modules(quantized)
-    for name in disable_fused_path(quantized):
-        selection.warnings.append(f"{name or 'the model'}: PyTorch's fused float path is off, or it would run instead")
-    if model.training:
-        selection.warnings.append("the model is in training mode: call eval() before inference")
-    return quantized, order, selection.skip_reasons, selection.warnings
-
-
-def _check_accuracy(info: QuantizationInfo, options: Options) -> None:
-    """Compare the weights' error with both thresholds.
-
-    Raises:
-        ValidationError: It is beyond a threshold whose action is ``"error"``.
-    """
-    if info.sqnr_db is None:
-        return
-    checks = (
-        (options.sqnr_error_threshold, options.on_failure),
-        (options.sqnr_warning_threshold, options.accuracy_warning),
-    )
-    for threshold, action in checks:
-        if info.sqnr_db >= threshold or action == "ignore":
-            continue
-        message = f"the weights' signal-to-quantization-noise ratio is {info.sqnr_db:.1f} dB, below {threshold:g} dB"
-        if action == "error":
-            raise ValidationError(
-                message, suggestion="Use more bits or smaller groups, or leave the worst layers of info.layers out."
-            )
-        info.warnings.append(message)
-        return
-
-
-def _why_nothing(reasons: Mapping[str, str]) -> str:
-    if not reasons:
-        return "the model has no layer with weights"
-    counts: dict[str, int] = {}
-    for reason in reasons.values():
-        counts[reason] = counts.get(reason, 0) + 1
-    common = sorted(counts, key=lambda reason: -counts[reason])[:3]
-    return "; ".join(f"{counts[reason]} x {reason}" for reason in common)
-
-
-@contextmanager
-def _progress(progress: Progress | None, show: bool) -> Iterator[Progress | None]:
-    if not show:
-        yield progress
-        return
-    with ProgressBar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Quantizing", total=None)
-
-        def report(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"Quantizing {name}")
-            if progress is not None:
-                progress(done, total, name)
-
-        yield report
-
-
-def dynamic_quantize(
-    model: nn.Module | Mapping[str, Tensor],
-    dtype: torch.dtype = QINT8,
-    symmetric: bool = False,
-    per_channel: bool = True,
-    config: QuantizationConfig | None = None,
-    *,
-    include: Selectors | None = None,
-    skip: Selectors | None = None,
-    modules_to_not_convert: Iterable[str] | None = None,
-    skip_layer_types: Selectors | None = None,
-    skip_layer_names: Iterable[str] | None = None,
-    skip_param_threshold: int = 0,
-) -> tuple[Any, list[str]]:
-    """Quantize without calibration data; the shorter form of :func:`quantize` that mono-quant 1.1 has.
-
-    Returns:
-        The quantized copy, and the names of the layers with weights that stayed in float.
-
-    Raises:
-        As :func:`quantize`.
-    """
-    result = quantize(
-        model, dtype=dtype, symmetric=symmetric, per_channel=per_channel, config=config, include=include, skip=skip,
-        modules_to_not_convert=modules_to_not_convert, skip_layer_types=skip_layer_types,
-        skip_layer_names=skip_layer_names, min_parameters=skip_param_threshold,
-    )  # fmt: skip
-    return result.model, result.info.skipped_layers
+        if method == SEARCH:
+            return search_precision(source, options, request, report)
+        return quantize_with_calibration(source, options, request.calibration, request.static, report)
