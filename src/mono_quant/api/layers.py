@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from mono_quant.api.method import Request, choose_algorithm
 from mono_quant.api.options import Options
 from mono_quant.api.replace import Progress, Replacements, cast_rest, quantize_copy, quantize_inplace
 from mono_quant.api.result import QuantizationResult
-from mono_quant.api.selection import select_layers
+from mono_quant.api.selection import Selection, assign_schemes, select_layers
 from mono_quant.api.state_dict import quantize_state_dict
+from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.quantization_info import QuantizationInfo
 from mono_quant.errors import ConfigurationError, InputTypeError, QuantizationError, ValidationError
 from mono_quant.modules import disable_fused_path, mark_layers_that_share
@@ -28,27 +30,110 @@ def quantize_layers(
     started = time.perf_counter()
     if choose_algorithm(request):
         raise ConfigurationError("algorithm= is not available in this version")
-    replacements = Replacements()
-    quantized: nn.Module | dict[str, Tensor]
     if isinstance(model, nn.Module):
-        bytes_before = model_bytes(model)
-        quantized, order, reasons, warnings = _run_module(model, options, replacements, progress)
-    elif isinstance(model, Mapping):
-        if options.compute_dtype is not None:
-            raise ConfigurationError("compute_dtype applies to modules; a state dict computes nothing")
-        bytes_before = model_bytes(model)
-        quantized, reasons = quantize_state_dict(model, options, replacements, progress)
-        order, warnings = list(replacements.layers), []
-    else:
+        _require_replaceable(model)
+        return _quantize_selection(model, select_layers(model, options), options, progress, started)
+    if not isinstance(model, Mapping):
         raise InputTypeError(
             f"cannot quantize a {type(model).__name__}; expected a torch.nn.Module, a state dict or a path"
         )
+    if options.compute_dtype is not None:
+        raise ConfigurationError("compute_dtype applies to modules; a state dict computes nothing")
+    replacements = Replacements()
+    quantized, reasons = quantize_state_dict(model, options, replacements, progress)
+    outcome = _Outcome(quantized, list(replacements.layers), reasons, [])
+    return _result(outcome, replacements, options, model_bytes(model), started)
+
+
+def quantize_by_schemes(
+    model: nn.Module,
+    schemes: Mapping[str, LayerScheme | None],
+    options: Options,
+    progress: Progress | None = None,
+    why_float: Mapping[str, str] | None = None,
+) -> QuantizationResult:
+    """Quantize the layers of a module, each as ``schemes`` says.
+
+    Args:
+        model: Not touched unless ``options.inplace`` is set.
+        schemes: For a layer's name, how it is stored; ``None`` leaves it in float. Layers that it does not name are
+            quantized as ``options`` say. Every name must be one that :func:`~mono_quant.api.selection.select_layers`
+            answers for the same options.
+        options: Everything else.
+        progress: Called after each layer.
+        why_float: For layers that stay in float, the reason to report.
+
+    Raises:
+        ConfigurationError: A name is not one of the layers that can be quantized, or its scheme does not fit it.
+        QuantizationError, InputError, InputTypeError, ValidationError: As :func:`mono_quant.quantize`.
+    """
+    started = time.perf_counter()
+    _require_replaceable(model)
+    selection = select_layers(model, options)
+    assign_schemes(selection, schemes, why_float or {})
+    reasons = selection.skip_reasons
+    selection.skip_reasons = {name: reasons[name] for name, _ in model.named_modules() if name in reasons}
+    return _quantize_selection(model, selection, options, progress, started)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A quantized model, its quantized layers in order, the reasons for the others, and warnings."""
+
+    model: nn.Module | dict[str, Tensor]
+    order: list[str]
+    reasons: dict[str, str]
+    warnings: list[str]
+
+
+def _quantize_selection(
+    model: nn.Module, selection: Selection, options: Options, progress: Progress | None, started: float
+) -> QuantizationResult:
+    bytes_before = model_bytes(model)
+    replacements = Replacements()
+    order = [candidate.name for candidate in selection.chosen]
+    if not order:
+        raise QuantizationError(f"nothing to quantize: {_why_nothing(selection.skip_reasons)}")
+    training = model.training
+    replace = quantize_inplace if options.inplace else quantize_copy
+    quantized = replace(model, selection.chosen, replacements, options.run_validation, progress)
+    warnings = [*selection.warnings, *_finish(quantized, options)]
+    if training:
+        warnings.append("the model is in training mode: call eval() before inference")
+    outcome = _Outcome(quantized, order, selection.skip_reasons, warnings)
+    return _result(outcome, replacements, options, bytes_before, started)
+
+
+def _require_replaceable(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise InputTypeError(
+            f"cannot replace layers inside a compiled model ({type(model).__name__})",
+            suggestion="Quantize the module first and compile the result.",
+        )
+
+
+def _finish(quantized: nn.Module, options: Options) -> list[str]:
+    """Do what is left once the layers are replaced; answer warnings."""
+    if options.compute_dtype is not None:
+        cast_rest(quantized, options.compute_dtype)
+    mark_layers_that_share(quantized)
+    if options.fuse_activations:
+        fuse_activation_modules(quantized)
+    return [
+        f"{name or 'the model'}: PyTorch's fused float path is off, or it would run instead"
+        for name in disable_fused_path(quantized)
+    ]
+
+
+def _result(
+    outcome: _Outcome, replacements: Replacements, options: Options, bytes_before: int, started: float
+) -> QuantizationResult:
     if not replacements.layers:
-        raise QuantizationError(f"nothing to quantize: {_why_nothing(reasons)}")
-    bytes_after = model_bytes(quantized)
+        raise QuantizationError(f"nothing to quantize: {_why_nothing(outcome.reasons)}")
+    bytes_after = model_bytes(outcome.model)
     info = QuantizationInfo(
-        selected_layers=order,
-        skipped_layers=list(reasons),
+        selected_layers=outcome.order,
+        skipped_layers=list(outcome.reasons),
         calibration_samples_used=0,
         dtype=options.dtype,
         symmetric=options.symmetric,
@@ -56,42 +141,15 @@ def quantize_layers(
         original_size_mb=bytes_before / 2**20,
         quantized_size_mb=bytes_after / 2**20,
         compression_ratio=bytes_before / max(1, bytes_after),
-        warnings=[*options.notes, *warnings],
-        skip_reasons=reasons,
-        layers={name: replacements.layers[name] for name in order},
+        warnings=[*options.notes, *outcome.warnings],
+        skip_reasons=outcome.reasons,
+        layers={name: replacements.layers[name] for name in outcome.order},
         bytes_before=bytes_before,
         bytes_after=bytes_after,
         seconds=time.perf_counter() - started,
     )
     _check_accuracy(info, options)
-    return QuantizationResult(quantized, info, list(info.warnings))
-
-
-def _run_module(
-    model: nn.Module, options: Options, replacements: Replacements, progress: Progress | None
-) -> tuple[nn.Module, list[str], dict[str, str], list[str]]:
-    """Answer the quantized model, its quantized layers in order, the reasons for the others, and warnings."""
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        raise InputTypeError(
-            f"cannot replace layers inside a compiled model ({type(model).__name__})",
-            suggestion="Quantize the module first and compile the result.",
-        )
-    selection = select_layers(model, options)
-    order = [candidate.name for candidate in selection.chosen]
-    if not order:
-        return model, order, selection.skip_reasons, selection.warnings
-    replace = quantize_inplace if options.inplace else quantize_copy
-    quantized = replace(model, selection.chosen, replacements, options.run_validation, progress)
-    if options.compute_dtype is not None:
-        cast_rest(quantized, options.compute_dtype)
-    mark_layers_that_share(quantized)
-    if options.fuse_activations:
-        fuse_activation_modules(quantized)
-    for name in disable_fused_path(quantized):
-        selection.warnings.append(f"{name or 'the model'}: PyTorch's fused float path is off, or it would run instead")
-    if model.training:
-        selection.warnings.append("the model is in training mode: call eval() before inference")
-    return quantized, order, selection.skip_reasons, selection.warnings
+    return QuantizationResult(outcome.model, info, list(info.warnings))
 
 
 def _check_accuracy(info: QuantizationInfo, options: Options) -> None:

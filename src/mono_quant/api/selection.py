@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -60,6 +60,50 @@ def select_layers(model: nn.Module, options: Options) -> Selection:
             selection.skip_reasons[name] = candidate
     _note_wider_layers(selection, options)
     return selection
+
+
+def assign_schemes(
+    selection: Selection, schemes: Mapping[str, LayerScheme | None], why_float: Mapping[str, str]
+) -> None:
+    """Change the schemes of chosen layers; see :func:`mono_quant.api.layers.quantize_by_schemes`.
+
+    Args:
+        selection: Changed in place.
+        schemes: For a layer's name its scheme, or ``None`` to leave it in float.
+        why_float: For such a layer, the reason.
+
+    Raises:
+        ConfigurationError: A name is not that of a chosen layer, or its layer cannot be stored so.
+    """
+    unknown = schemes.keys() - {candidate.name for candidate in selection.chosen}
+    if unknown:
+        name = min(unknown)
+        found = selection.skip_reasons.get(name)
+        raise ConfigurationError(
+            f"layer {name!r} is given a scheme and cannot be quantized: {found or 'the model has no such layer'}"
+        )
+    chosen, selection.chosen = selection.chosen, []
+    for candidate in chosen:
+        scheme = schemes.get(candidate.name, candidate.scheme)
+        if scheme is None:
+            selection.skip_reasons[candidate.name] = why_float.get(candidate.name, "the plan leaves it in float")
+        else:
+            selection.chosen.append(_with_scheme(candidate, scheme))
+
+
+def _with_scheme(candidate: Candidate, scheme: LayerScheme) -> Candidate:
+    quantized_type = counterpart_for_scheme(candidate.module, scheme)
+    if quantized_type is None:
+        raise ConfigurationError(
+            f"layer {candidate.name!r} ({type(candidate.module).__name__}) cannot be stored as {scheme}"
+        )
+    weight = _weight(candidate.module)
+    assert weight is not None
+    if scheme.group_size is not None and weight.shape[1] % scheme.group_size:
+        raise ConfigurationError(
+            f"layer {candidate.name!r}: group_size={scheme.group_size} does not divide its {weight.shape[1]} inputs"
+        )
+    return replace(candidate, quantized_type=quantized_type, scheme=scheme)
 
 
 def _consider(name: str, module: nn.Module, options: Options, tied: bool) -> Candidate | str:
