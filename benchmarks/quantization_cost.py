@@ -26,6 +26,7 @@ from torch import nn
 
 import mono_quant
 from benchmarks.minilm import load_model
+from benchmarks.process_memory import reset_peak, status_bytes
 from mono_quant.report import model_bytes
 
 
@@ -54,7 +55,7 @@ def _measure_here(inplace: bool) -> dict[str, float]:
         parameter.data = parameter.data.clone()
     size = model_bytes(model)
     gc.collect()
-    before = _reset_peak()
+    before = reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     result = mono_quant.quantize(model, inplace=inplace)
     figures = {
@@ -64,25 +65,8 @@ def _measure_here(inplace: bool) -> dict[str, float]:
         "quantized_bytes": float(result.info.bytes_after),
     }
     if before is not None:
-        figures["peak_ratio"] = (size + _status_bytes("VmHWM") - before) / size
+        figures["peak_ratio"] = (size + status_bytes("VmHWM") - before) / size
     return figures
-
-
-def _reset_peak() -> int | None:
-    """Let the kernel forget the highest resident size so far; answer the present one, or ``None`` if it cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return _status_bytes("VmRSS")
-    except OSError:
-        return None
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 def main(arguments: list[str] | None = None) -> None:

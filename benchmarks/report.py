@@ -17,6 +17,8 @@ from typing import Any
 from benchmarks import results
 
 README = Path(__file__).parent.parent / "README.md"
+#: The keys of float32 in the results of :mod:`benchmarks.vision`.
+VISION_BASELINES = ("torch_float32", "torch_channels_last")
 NOT_MEASURED = "No measurement has been kept yet; `make bench` makes one."
 
 
@@ -73,6 +75,68 @@ def linear_table(document: results.Document) -> str:
     )
 
 
+def vision_table(document: results.Document) -> str:
+    """Answer the results of :mod:`benchmarks.vision` as Markdown: a table of latencies, one of all else."""
+    networks, engines = document["networks"], document["engines"]
+    cells = [(network, batch) for network, found in networks.items() for batch in _batches(found)]
+    latencies, others = [], []
+    for key, engine in engines.items():
+        # An engine may have failed on one network.
+        found = {network: networks[network]["engines"].get(key) for network in networks}
+        row = [_duration(found[n]["latency"][b], 1e3, "ms") if found[n] else "" for n, b in cells]
+        latencies.append([engine["name"], *row])
+        accuracy = next((f["accuracy"] for f in found.values() if f and f["accuracy"]), None)
+        judged = ["", ""] if accuracy is None else [f"{accuracy['agreement']:.3f}", _decibels(accuracy["snr_db"])]
+        peaks = [_peak(networks[n], found[n], b) for n, b in cells]
+        others.append([engine["name"], *judged, *peaks])
+    titles = [f"{network}, {batch}" for network, batch in cells]
+    parts = [
+        _table(["latency, ms", *titles], latencies),
+        _table(["accuracy; memory, MB", "agreement", "SNR, dB", *titles], others),
+        _provenance(document),
+    ]
+    parts += [f"Left out: {key} {reason}." for key, reason in document["skipped"].items()]
+    parts.append(
+        "Images of 224x224; network, batch. Latency: median of calls in bursts that take turns, in brackets the ratio "
+        "to the faster float32. Accuracy of EfficientNet-Lite0 on "
+        f"{document['images']} crops of photographs against float32: how often the first class is the same, and the "
+        f"signal-to-noise ratio of the logits; calibrated on {document['calibration_images']} crops of other "
+        "photographs. Memory: highest resident size while running less that of the process before the model was "
+        "loaded, in brackets the ratio to the smaller float32. ResNet-50 has random weights."
+    )
+    parts.append(_calibration(document))
+    return "\n\n".join(parts)
+
+
+def _batches(network: dict[str, Any]) -> list[str]:
+    return list(next(iter(network["engines"].values()))["latency"])
+
+
+def _decibels(value: float) -> str:
+    return "exact" if value > 200 else f"{value:.1f}"
+
+
+def _peak(network: dict[str, Any], engine: dict[str, Any] | None, batch: str) -> str:
+    if engine is None or engine["peak_bytes"][batch] is None:
+        return ""
+    floats = [found["peak_bytes"][batch] for key, found in network["engines"].items() if key in VISION_BASELINES]
+    peak = engine["peak_bytes"][batch]
+    return f"{peak / 1e6:.0f} ({peak / min(floats):.2f})"
+
+
+def _calibration(document: results.Document) -> str:
+    lines = []
+    for network, found in document["networks"].items():
+        ours = found["engines"].get("mono_quant_static")
+        if ours is not None:
+            ratio = ours["prepare_seconds"] / found["float32_seconds"]
+            lines.append(
+                f"Quantizing {network} with {document['calibration_images']} images takes "
+                f"{ours['prepare_seconds']:.1f} s, {ratio:.2f} times as long as running them in float32."
+            )
+    return " ".join(lines)
+
+
 def _duration(timing: dict[str, Any], factor: float, unit: str) -> str:
     value = timing["median"] * factor
     text = f"{value:.0f}" if value >= 100 or unit == "us" else f"{value:.1f}"
@@ -98,7 +162,11 @@ def _provenance(document: results.Document) -> str:
     )
 
 
-TABLES: dict[str, Callable[[results.Document], str]] = {"models": models_table, "linear": linear_table}
+TABLES: dict[str, Callable[[results.Document], str]] = {
+    "models": models_table,
+    "linear": linear_table,
+    "vision": vision_table,
+}
 
 
 def fill(text: str, directory: Path = results.DIRECTORY) -> str:

@@ -46,6 +46,33 @@ LINEAR = {
     "environment": ENVIRONMENT,
     "shapes": [{"rows": 1, "inputs": 2, "outputs": 3, "engines": {"torch float32": TIMING}}],
 }
+_VISION_ENGINE = {
+    "latency": {"1": TIMING},
+    "accuracy": {"agreement": 0.91, "snr_db": 18.04},
+    "peak_bytes": {"1": 60_000_000},
+    "prepare_seconds": 3.0,
+}
+VISION = {
+    "format": results.FORMAT,
+    "environment": ENVIRONMENT,
+    "images": 512,
+    "calibration_images": 100,
+    "engines": {
+        "torch_float32": {"name": "torch float32"},
+        "mono_quant_static": {"name": "ours"},
+        "gone": {"name": "failed on one network"},
+    },
+    "networks": {
+        "A": {
+            "float32_seconds": 2.0,
+            "engines": {
+                "torch_float32": {**_VISION_ENGINE, "peak_bytes": {"1": 100_000_000}},
+                "mono_quant_static": _VISION_ENGINE,
+            },
+        },
+    },
+    "skipped": {"gone": "failed to build"},
+}
 
 
 def test_the_readme_shows_the_kept_results() -> None:
@@ -54,7 +81,7 @@ def test_the_readme_shows_the_kept_results() -> None:
 
 
 def test_a_table_names_processor_date_and_versions() -> None:
-    for table in (report.models_table(MODELS), report.linear_table(LINEAR)):
+    for table in (report.models_table(MODELS), report.linear_table(LINEAR), report.vision_table(VISION)):
         assert "Measured on 2026-01-02: A Processor, 2 cores (avx2)" in table
         assert "torch 2.13.0" in table
 
@@ -71,14 +98,24 @@ def test_the_linear_table_has_a_row_for_each_shape() -> None:
     assert "| 1, 2, 3 | 2000 (0.50) |" in report.linear_table(LINEAR)
 
 
+def test_the_vision_tables_have_latency_accuracy_memory_and_calibration() -> None:
+    table = report.vision_table(VISION)
+    assert "| ours | 2.0 (0.50) |" in table
+    assert "| ours | 0.910 | 18.0 | 60 (0.60) |" in table
+    assert "| failed on one network |  |" in table
+    assert "Quantizing A with 100 images takes 3.0 s, 1.50 times as long as running them in float32." in table
+
+
 def test_filling_replaces_only_the_blocks(tmp_path: Path) -> None:
     results.write(MODELS, tmp_path / "models.json")
     text = "before\n<!-- results:models -->\nold\n<!-- /results:models -->\nbetween\n"
-    text += "<!-- results:linear -->\n<!-- /results:linear -->\nafter\n"
+    text += "<!-- results:linear -->\n<!-- /results:linear -->\n"
+    text += "<!-- results:vision -->\n<!-- /results:vision -->\nafter\n"
     filled = report.fill(text, tmp_path)
     assert filled.startswith("before\n<!-- results:models -->\n| all-MiniLM-L6-v2 |")
     assert filled.endswith(
-        f"between\n<!-- results:linear -->\n{report.NOT_MEASURED}\n<!-- /results:linear -->\nafter\n"
+        f"between\n<!-- results:linear -->\n{report.NOT_MEASURED}\n<!-- /results:linear -->\n"
+        f"<!-- results:vision -->\n{report.NOT_MEASURED}\n<!-- /results:vision -->\nafter\n"
     )
     assert report.fill(filled, tmp_path) == filled
 
