@@ -11,7 +11,7 @@ from mono_quant.algorithms.apply import (
 )
 from mono_quant.algorithms.gptq import GPTQOptions, quantize_gptq
 from mono_quant.algorithms.grid import Grid
-from mono_quant.algorithms.hqq import fit_grid
+from mono_quant.algorithms.hqq import fit_grid, quantize_data_free
 
 __all__ = [
     "ALGORITHMS",
@@ -23,6 +23,7 @@ __all__ = [
     "fit_grid",
     "needs_data",
     "parse_algorithm",
+    "quantize_data_free",
     "quantize_gptq",
     "share_copy",
 ]

@@ -21,7 +21,7 @@ from mono_quant.calibration.batches import Batch
 from mono_quant.calibration.runner import call_model, evaluating, watching
 from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.quantized_tensor import QuantizedTensor
-from mono_quant.errors import ConfigurationError
+from mono_quant.errors import ConfigurationError, InputError
 
 #: Called after each layer with the number done, the number in all and the layer's name.
 Progress = Callable[[int, int, str], None]
@@ -155,8 +155,17 @@ def apply_algorithm(
 
 
 def share_copy(model: nn.Module) -> nn.Module:
-    """Answer a copy of ``model`` that shares its parameters; buffers and everything else are copied."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    """Answer a copy of ``model`` that shares its parameters; buffers and everything else are copied.
+
+    Raises:
+        InputError: The model holds something that cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    except Exception as error:
+        raise InputError(
+            f"algorithms work on a copy, and the model ({type(model).__name__}) cannot be copied: {error}"
+        ) from error
 
 
 @contextmanager

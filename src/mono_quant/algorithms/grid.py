@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
 from mono_quant.core.mappers import get_bits_range, scale_zp_from_range, split_groups
-from mono_quant.core.quantized_tensor import QuantizedTensor
+from mono_quant.core.quantized_tensor import QuantizedTensor, row_chunks
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,16 @@ class Grid:
         if self.zero_point is not None:
             groups = groups - self.zero_point.unsqueeze(-1)
         return (groups * self.scale.unsqueeze(-1)).reshape(codes.shape)
+
+    def quantize(self, weight: Tensor, scheme: LayerScheme) -> QuantizedTensor:
+        """Answer ``weight``, output channels first, with its codes rounded to nearest, as ``scheme`` stores it."""
+        matrix = weight.detach().flatten(1)
+        codes = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
+        for rows in row_chunks(*matrix.shape):
+            zero_point = None if self.zero_point is None else self.zero_point[rows]
+            part = Grid(self.scale[rows], zero_point, self.group_size, self.bits)
+            codes[rows] = part.round(matrix[rows]).to(torch.int8)
+        return self.tensor(codes, scheme, weight.shape)
 
     def tensor(self, codes: Tensor, scheme: LayerScheme, shape: torch.Size) -> QuantizedTensor:
         """Answer the codes as the layer of ``scheme`` stores them.

@@ -18,7 +18,7 @@ from torch import Tensor
 from mono_quant.algorithms.grid import Grid, group_length
 from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.mappers import SMALLEST_SCALE, split_groups
-from mono_quant.core.quantized_tensor import row_chunks
+from mono_quant.core.quantized_tensor import QuantizedTensor, row_chunks
 from mono_quant.errors import ConfigurationError
 
 # Widths of the range that are tried, as parts of the widest. Few codes gain from cutting off the tails; many do not.
@@ -68,6 +68,20 @@ def fit_grid(matrix: Tensor, scheme: LayerScheme, importance: Tensor | None = No
         if zero_point is not None:
             zero_point[chunk] = part.zero_point
     return Grid(scale, zero_point, group_size, scheme.bits)
+
+
+def quantize_data_free(weight: Tensor, scheme: LayerScheme, norm: float = 2.0) -> QuantizedTensor:
+    """Answer ``weight`` quantized on the grid of :func:`fit_grid`, as the layer of ``scheme`` stores it.
+
+    Args:
+        weight: Floating point, output channels first, at least two dimensions.
+        scheme: An integer scheme.
+        norm: See :func:`fit_grid`.
+
+    Raises:
+        ConfigurationError, QuantizationError: As :func:`fit_grid`.
+    """
+    return fit_grid(weight.detach().flatten(1), scheme, norm=norm).quantize(weight, scheme)
 
 
 def _fit_whole(matrix: Tensor, scheme: LayerScheme, start: Grid, importance: Tensor | None, norm: float) -> Grid:

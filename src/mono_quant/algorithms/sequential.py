@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from mono_quant.algorithms.bias_correction import corrected_bias
 from mono_quant.algorithms.gptq import GPTQOptions, quantize_gptq
 from mono_quant.algorithms.grid import Grid
-from mono_quant.algorithms.hqq import fit_grid
+from mono_quant.algorithms.hqq import quantize_data_free
 from mono_quant.algorithms.lockstep import MAX_STREAMS, Lockstep, join_batches
 from mono_quant.algorithms.samples import InputMean
 from mono_quant.algorithms.targets import Target, second_moments
@@ -97,14 +96,13 @@ class _Run:
         target = self._targets[name]
         shared = self._record.quantized.get(self._tied.get(name, name))
         if shared is None:
-            matrix = target.matrix
-            data_free = self._rounding is not None
             try:
-                grid = fit_grid(matrix, target.scheme, norm=self._norm) if data_free else None
-                grid = grid or Grid.from_range(matrix, target.scheme)
+                if self._rounding is None:
+                    shared = Grid.from_range(target.matrix, target.scheme).quantize(target.weight, target.scheme)
+                else:
+                    shared = quantize_data_free(target.weight, target.scheme, self._norm)
             except MonoQuantError as error:
                 raise type(error)(f"layer {name!r}: {error.message}", error.suggestion) from error
-            shared = _codes_in_chunks(target, grid)
         if reason is not None:
             self._record.fallbacks[name] = reason
         self._done(name, shared)
@@ -184,15 +182,3 @@ def _tied_groups(targets: dict[str, Target]) -> dict[str, str]:
         if leader != name:
             groups[leader] = groups[name] = leader
     return groups
-
-
-def _codes_in_chunks(target: Target, grid: Grid) -> QuantizedTensor:
-    matrix = target.matrix
-    codes = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
-    step = max(1, (1 << 20) // max(1, matrix.shape[1]))
-    for start in range(0, len(matrix), step):
-        rows = slice(start, start + step)
-        zero_point = None if grid.zero_point is None else grid.zero_point[rows]
-        part = Grid(grid.scale[rows], zero_point, grid.group_size, grid.bits)
-        codes[rows] = part.round(matrix[rows].detach()).to(torch.int8)
-    return grid.tensor(codes, target.scheme, target.weight.shape)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mono_quant.api.method import Request, choose_algorithm
+from mono_quant.api.algorithm import AlgorithmPlan, plan_algorithm, prepare
+from mono_quant.api.method import Request
 from mono_quant.api.options import Options
 from mono_quant.api.replace import Progress, Replacements, cast_rest, quantize_copy, quantize_inplace
 from mono_quant.api.result import QuantizationResult
@@ -28,19 +29,19 @@ def quantize_layers(
 ) -> QuantizationResult:
     """Quantize the layers of a module or a state dict; see :func:`mono_quant.quantize`."""
     started = time.perf_counter()
-    if choose_algorithm(request):
-        raise ConfigurationError("algorithm= is not available in this version")
     if isinstance(model, nn.Module):
         _require_replaceable(model)
-        return _quantize_selection(model, select_layers(model, options), options, progress, started)
+        selection = select_layers(model, options)
+        return _quantize_selection(model, selection, options, plan_algorithm(request, model), progress, started)
     if not isinstance(model, Mapping):
         raise InputTypeError(
             f"cannot quantize a {type(model).__name__}; expected a torch.nn.Module, a state dict or a path"
         )
     if options.compute_dtype is not None:
         raise ConfigurationError("compute_dtype applies to modules; a state dict computes nothing")
+    plan = plan_algorithm(request, None)
     replacements = Replacements()
-    quantized, reasons = quantize_state_dict(model, options, replacements, progress)
+    quantized, reasons = quantize_state_dict(model, options, plan, replacements, progress)
     outcome = _Outcome(quantized, list(replacements.layers), reasons, [])
     return _result(outcome, replacements, options, model_bytes(model), started)
 
@@ -51,6 +52,7 @@ def quantize_by_schemes(
     options: Options,
     progress: Progress | None = None,
     why_float: Mapping[str, str] | None = None,
+    plan: AlgorithmPlan | None = None,
 ) -> QuantizationResult:
     """Quantize the layers of a module, each as ``schemes`` says.
 
@@ -62,6 +64,7 @@ def quantize_by_schemes(
         options: Everything else.
         progress: Called after each layer.
         why_float: For layers that stay in float, the reason to report.
+        plan: Algorithms to run first.
 
     Raises:
         ConfigurationError: A name is not one of the layers that can be quantized, or its scheme does not fit it.
@@ -73,34 +76,39 @@ def quantize_by_schemes(
     assign_schemes(selection, schemes, why_float or {})
     reasons = selection.skip_reasons
     selection.skip_reasons = {name: reasons[name] for name, _ in model.named_modules() if name in reasons}
-    return _quantize_selection(model, selection, options, progress, started)
+    return _quantize_selection(model, selection, options, plan or AlgorithmPlan(), progress, started)
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """A quantized model, its quantized layers in order, the reasons for the others, and warnings."""
+    """A quantized model, its quantized layers in order, the reasons for the others, warnings, and samples used."""
 
     model: nn.Module | dict[str, Tensor]
     order: list[str]
     reasons: dict[str, str]
     warnings: list[str]
+    samples: int = 0
 
 
 def _quantize_selection(
-    model: nn.Module, selection: Selection, options: Options, progress: Progress | None, started: float
-) -> QuantizationResult:
+    model: nn.Module, selection: Selection, options: Options, plan: AlgorithmPlan, progress: Progress | None,
+    started: float,
+) -> QuantizationResult:  # fmt: skip
     bytes_before = model_bytes(model)
-    replacements = Replacements()
     order = [candidate.name for candidate in selection.chosen]
     if not order:
         raise QuantizationError(f"nothing to quantize: {_why_nothing(selection.skip_reasons)}")
     training = model.training
+    prepared = prepare(model, selection, plan, options.inplace, progress)
+    if plan.steps:
+        progress = None  # it was told of every layer
+    replacements = Replacements(prepared.weights)
     replace = quantize_inplace if options.inplace else quantize_copy
-    quantized = replace(model, selection.chosen, replacements, options.run_validation, progress)
+    quantized = replace(prepared.model, prepared.selection.chosen, replacements, options.run_validation, progress)
     warnings = [*selection.warnings, *_finish(quantized, options)]
     if training:
         warnings.append("the model is in training mode: call eval() before inference")
-    outcome = _Outcome(quantized, order, selection.skip_reasons, warnings)
+    outcome = _Outcome(quantized, order, selection.skip_reasons, warnings, prepared.samples)
     return _result(outcome, replacements, options, bytes_before, started)
 
 
@@ -134,7 +142,7 @@ def _result(
     info = QuantizationInfo(
         selected_layers=outcome.order,
         skipped_layers=list(outcome.reasons),
-        calibration_samples_used=0,
+        calibration_samples_used=outcome.samples,
         dtype=options.dtype,
         symmetric=options.symmetric,
         sqnr_db=decibels(replacements.signal, replacements.noise) if options.run_validation else None,

@@ -97,9 +97,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Request:
-    """The part of a call that decides how to quantize; see :func:`mono_quant.quantize` for the fields."""
+    """The part of a call that decides how to quantize; see :func:`mono_quant.quantize` for the fields.
 
-    bits: int | Mapping[str, int] = 8
+    Attributes:
+        bits: Those of the layers that no rule names.
+        several_bits: Whether layers have bits of their own.
+    """
+
+    bits: int = 8
+    several_bits: bool = False
     group_size: int | None = None
     dynamic: bool | None = None
     calibration: Calibration = field(default_factory=Calibration)
@@ -111,7 +117,7 @@ class Request:
     @property
     def weight_only(self) -> bool:
         """Whether the call asks for packed weights or for several precisions, which static graphs do not have."""
-        return self.bits != 8 or self.group_size is not None
+        return self.bits != 8 or self.several_bits or self.group_size is not None
 
 
 def choose_method(request: Request) -> str:
@@ -151,9 +157,10 @@ def _method(request: Request) -> str:
                 suggestion="Leave dynamic out, or set it to True.",
             )
         return LAYERS
-    if request.bits == 16 or (request.dynamic and not request.weight_only):
+    half = request.bits == 16 and not request.several_bits
+    if half or (request.dynamic and not request.weight_only):
         raise ConfigurationError(
-            f"{'bits=16' if request.bits == 16 else 'dynamic=True'} and calibration_data contradict each other: "
+            f"{'bits=16' if half else 'dynamic=True'} and calibration_data contradict each other: "
             "nothing would use the data",
             suggestion='Leave calibration_data out, or name an algorithm that uses it: algorithm="smoothquant".',
         )

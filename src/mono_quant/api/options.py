@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mono_quant.api.bits import DEFAULT_BITS, EVERYTHING, STAY_FLOAT, BitRules
 from mono_quant.config import QuantizationConfig
 from mono_quant.core.layer_scheme import FLOAT16, INT8_DYNAMIC, WEIGHT_ONLY, LayerScheme
 from mono_quant.core.mappers import QINT8, QUINT8
@@ -29,6 +30,7 @@ class Options:
     """What to do, resolved and checked; see :func:`mono_quant.quantize` for the meaning of each field."""
 
     bits: int = 8
+    bit_rules: BitRules | None = None
     symmetric: bool = True
     per_channel: bool = True
     group_size: int | None = None
@@ -54,11 +56,14 @@ class Options:
                 suggestion="Use bits=8 for int8, bits=4 for int4 weights, bits=16 for float16 weights.",
             )
         if self.group_size is not None:
-            if self.bits == 16:
+            if self.bit_rules is None and self.bits == 16:
                 raise ConfigurationError("group_size has no meaning for bits=16: float16 weights have no scale")
+            if self.bit_rules is not None and not self.bit_rules.say(4):
+                raise ConfigurationError("group_size is that of 4-bit layers, and no rule of bits asks for 4")
             if not isinstance(self.group_size, int) or self.group_size < 1:
                 raise ConfigurationError(f"group_size={self.group_size!r} is not a positive integer")
-        if not self.per_channel and (self.bits == 4 or self.group_size is not None):
+        four_bits = self.bits == 4 if self.bit_rules is None else self.bit_rules.say(4)
+        if not self.per_channel and (four_bits or self.group_size is not None):
             raise ConfigurationError("per_channel=False contradicts groups: 4-bit weights have a scale per group")
         if self.min_parameters < 0:
             raise ConfigurationError(f"min_parameters={self.min_parameters} is negative")
@@ -74,22 +79,35 @@ class Options:
     def dtype(self) -> torch.dtype:
         return torch.float16 if self.bits == 16 else QINT8
 
-    def scheme_for(self, weight_shape: torch.Size, weight_only_possible: bool) -> LayerScheme:
+    def bits_for(self, layer: str) -> tuple[str | None, int]:
+        """Answer the rule that gives a layer its bits, ``None`` for the default, and the bits; 32 means float.
+
+        Raises:
+            ConfigurationError: Two rules contradict each other on it.
+        """
+        return (None, self.bits) if self.bit_rules is None else self.bit_rules.find(layer)
+
+    def packs(self, bits: int) -> bool:
+        """Say whether layers of so many bits have packed weights, where they can."""
+        return bits == 4 or (bits == 8 and self.group_size is not None and self.bit_rules is None)
+
+    def scheme_for(self, weight_shape: torch.Size, bits: int, weight_only_possible: bool) -> LayerScheme:
         """Answer the scheme of a layer.
 
         Args:
             weight_shape: Shape of its stored weight, output channels first.
+            bits: Its bits, as :meth:`bits_for` answers them; not 32.
             weight_only_possible: Whether the layer can store 4-bit codes; the others stay at 8 bits.
 
         Raises:
             ConfigurationError: The given ``group_size`` does not divide the layer's inputs.
         """
-        if self.bits == 16:
+        if bits == 16:
             return LayerScheme(FLOAT16, bits=16)
-        if not weight_only_possible or (self.bits == 8 and self.group_size is None):
+        if not weight_only_possible or not self.packs(bits):
             return LayerScheme(INT8_DYNAMIC, symmetric=self.symmetric, per_channel=self.per_channel)
         return LayerScheme(
-            WEIGHT_ONLY, bits=self.bits, symmetric=self.symmetric, group_size=self._group_size(weight_shape[1])
+            WEIGHT_ONLY, bits=bits, symmetric=self.symmetric, group_size=self._group_size(weight_shape[1])
         )
 
     def _group_size(self, in_features: int) -> int | None:
@@ -135,22 +153,24 @@ def resolve_options(
             raise ConfigurationError(
                 "include names no layer at all", suggestion="Leave it out to quantize every layer that can be."
             )
-    if isinstance(bits, Mapping):
-        raise ConfigurationError("bits for single layers are not available in this version")
+    uniform, rules = _split_bits(bits)
+    if rules is not None and (config is not None or dtype == torch.float16):
+        given = "config" if config is not None else f"dtype={dtype}"
+        raise ConfigurationError(f"{given} gives all layers the same bits, and bits names single layers")
     if scheme not in ("symmetric", "asymmetric"):
         raise ConfigurationError(f"scheme={scheme!r} is not one of symmetric, asymmetric")
     if config is not None:
         # As in 1.1 the object wins over the call's single options.
-        dtype, bits, per_channel = config.dtype, config.bits, config.per_channel
+        dtype, uniform, per_channel = config.dtype, config.bits, config.per_channel
         symmetric = config.symmetric if config.symmetric is not None else symmetric
     if dtype is not None:
-        bits = _bits_of(dtype, bits)
+        uniform = _bits_of(dtype, uniform)
         if dtype == QUINT8 and symmetric is None:
             symmetric = False
     if symmetric is None:
         symmetric = scheme == "symmetric"
     notes: tuple[str, ...] = ()
-    if bits == 16 and not symmetric:
+    if rules is None and uniform == 16 and not symmetric:
         notes = ("asymmetric has no meaning for bits=16: float16 weights have no zero points",)
     if skip_param_threshold is not None:
         if min_parameters:
@@ -158,7 +178,8 @@ def resolve_options(
         min_parameters = skip_param_threshold
     named_skips = [*_names(modules_to_not_convert), *_names(skip_layer_names), *_names(skip_names)]
     return Options(
-        bits=bits,
+        bits=uniform,
+        bit_rules=rules,
         symmetric=symmetric,
         per_channel=True if per_channel is None else per_channel,
         include=_selectors(include),
@@ -169,6 +190,15 @@ def resolve_options(
         notes=notes,
         **rest,
     )
+
+
+def _split_bits(bits: int | Mapping[str, int]) -> tuple[int, BitRules | None]:
+    """Answer the bits of layers that no rule names, and the rules if there are any."""
+    if not isinstance(bits, Mapping):
+        return bits, None
+    rules = BitRules.from_mapping(bits)
+    everywhere = dict(rules.rules).get(EVERYTHING, DEFAULT_BITS)
+    return DEFAULT_BITS if everywhere == STAY_FLOAT else everywhere, rules
 
 
 def _bits_of(dtype: torch.dtype, bits: int) -> int:

@@ -133,12 +133,6 @@ def quantize(
         QuantizationError: A weight is not finite (its layer is named), or there is nothing to quantize.
         ValidationError: The error of the weights is beyond a threshold that is set to ``"error"``.
     """
-    request = Request(
-        bits=bits, group_size=group_size, dynamic=dynamic, algorithm=algorithm, algorithm_options=algorithm_options,
-        calibration=Calibration(calibration_data, num_calibration_samples),
-        static=StaticChoices(observer, equalize, correct_bias),
-        budget=Budget(eval_fn, max_drop, min_sqnr_db, max_bytes, seed, resume),
-    )  # fmt: skip
     options = resolve_options(
         bits=bits, scheme=scheme, include=include, skip=skip, min_parameters=min_parameters, group_size=group_size,
         compute_dtype=compute_dtype, fuse_activations=fuse_activations, inplace=inplace,
@@ -148,6 +142,13 @@ def quantize(
         layer_types=layer_types, skip_names=skip_names, skip_types=skip_types, skip_layer_names=skip_layer_names,
         skip_layer_types=skip_layer_types, modules_to_not_convert=modules_to_not_convert,
         skip_param_threshold=skip_param_threshold,
+    )  # fmt: skip
+    request = Request(
+        bits=options.bits, several_bits=options.bit_rules is not None, group_size=options.group_size, dynamic=dynamic,
+        algorithm=algorithm, algorithm_options=algorithm_options,
+        calibration=Calibration(calibration_data, num_calibration_samples),
+        static=StaticChoices(observer, equalize, correct_bias),
+        budget=Budget(eval_fn, max_drop, min_sqnr_db, max_bytes, seed, resume),
     )  # fmt: skip
     method = choose_method(request)
     source = load_source(model) if isinstance(model, str | Path) else model

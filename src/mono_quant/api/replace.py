@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -36,11 +36,13 @@ class Replacements:
     """Quantized layers and what is known of them.
 
     Attributes:
+        ready: For a layer's name its quantized weight, where an algorithm chose it.
         layers: For each layer's name, its record.
         signal: Sum of squares of all quantized weights.
         noise: Sum of squares of their errors.
     """
 
+    ready: Mapping[str, QuantizedTensor] = field(default_factory=dict)
     layers: dict[str, LayerInfo] = field(default_factory=dict)
     signal: float = 0.0
     noise: float = 0.0
@@ -53,7 +55,9 @@ class Replacements:
         key = (id(module._parameters.get("weight", module)), scheme)
         shared = self._weights.get(key)
         try:
-            quantized = candidate.quantized_type.quantize_weight(module, scheme) if shared is None else shared
+            quantized = self.ready.get(candidate.name) if shared is None else shared
+            if quantized is None:
+                quantized = candidate.quantized_type.quantize_weight(module, scheme)
             layer = candidate.quantized_type.from_float(module, scheme, quantized)
         except MonoQuantError as error:
             raise type(error)(f"layer {candidate.name!r}: {error.message}", error.suggestion) from error

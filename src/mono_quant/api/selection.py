@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from mono_quant.api.bits import STAY_FLOAT
+from mono_quant.api.names import matches_name, require_matches, shortened
 from mono_quant.api.options import Options, Selector
 from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
 from mono_quant.errors import ConfigurationError, QuantizationError
@@ -118,7 +119,7 @@ def _consider(name: str, module: nn.Module, options: Options, tied: bool) -> Can
     if isinstance(weight, UninitializedParameter):
         return "its weight is not initialised yet: run the model once"
     # A weight that a skipped partner or an embedding shares must have one format for both: 8 bits.
-    scheme = options.scheme_for(torch.Size((0, 0)), weight_only_possible=False)
+    scheme = options.scheme_for(torch.Size((0, 0)), options.bits, weight_only_possible=False)
     quantized_type = counterpart_for_scheme(module, scheme)
     if quantized_type is None:
         return _reason_without_counterpart(float_type)
@@ -131,17 +132,20 @@ def _consider(name: str, module: nn.Module, options: Options, tied: bool) -> Can
     unsupported = quantized_type.unsupported_reason(module)
     if unsupported is not None:
         return unsupported
-    scheme = _scheme(name, module, options, tied)
+    rule, bits = options.bits_for(name)
+    if bits == STAY_FLOAT:
+        return f"bits says 32 for {rule!r}: float"
+    scheme = _scheme(name, module, options, bits, tied)
     return Candidate(name, module, counterpart_for_scheme(module, scheme) or quantized_type, scheme)
 
 
-def _scheme(name: str, module: nn.Module, options: Options, tied: bool) -> LayerScheme:
+def _scheme(name: str, module: nn.Module, options: Options, bits: int, tied: bool) -> LayerScheme:
     weight_only = LayerScheme(WEIGHT_ONLY, bits=8)
     possible = not tied and counterpart_for_scheme(module, weight_only) is not None
     weight = _weight(module)
     assert weight is not None
     try:
-        return options.scheme_for(weight.shape, possible)
+        return options.scheme_for(weight.shape, bits, possible)
     except ConfigurationError as error:
         raise ConfigurationError(f"layer {name!r}: {error.message}", suggestion=error.suggestion) from None
 
@@ -170,36 +174,20 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
     return matches_name(selector, name) if isinstance(selector, str) else isinstance(module, selector)
 
 
-def matches_name(pattern: str, name: str) -> bool:
-    """Say whether a name or glob means the layer ``name``, by its own name or that of a module that contains it."""
-    return any(fnmatchcase(ancestor, pattern) for ancestor in _ancestors(name))
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    yield name
-    name = name.rpartition(".")[0]
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
-
-
 def _describe(selector: Selector) -> str:
     return repr(selector) if isinstance(selector, str) else selector.__name__
 
 
 def require_name_matches(options: Options, names: list[str]) -> None:
-    """Refuse a name or glob of ``include`` or ``skip`` that matches none of ``names``.
+    """Refuse a name or glob of ``include``, ``skip`` or ``bits`` that matches none of ``names``.
 
     Raises:
         ConfigurationError: One matches nothing.
     """
     for option, selectors in (("skip", options.skip), ("include", options.include)):
-        for selector in selectors:
-            if isinstance(selector, str) and not any(matches_name(selector, name) for name in names):
-                raise ConfigurationError(
-                    f"{option} names {selector!r}, which matches nothing in the model",
-                    suggestion=_closest(selector, names),
-                )
+        require_matches(option, [selector for selector in selectors if isinstance(selector, str)], names)
+    if options.bit_rules is not None:
+        require_matches("bits", options.bit_rules.patterns, names)
 
 
 def _unmatched_types(options: Options, modules: list[nn.Module]) -> list[str]:
@@ -209,12 +197,6 @@ def _unmatched_types(options: Options, modules: list[nn.Module]) -> list[str]:
         for selector in selectors
         if isinstance(selector, type) and not any(isinstance(module, selector) for module in modules)
     ]
-
-
-def _closest(pattern: str, names: list[str]) -> str:
-    last = pattern.rpartition(".")[2].strip("*")
-    similar = sorted(name for name in names if last and last in name)[:3] or [name for name in names if name][:3]
-    return f"Names in it are, for example, {', '.join(map(repr, similar))}."
 
 
 def _weight(module: nn.Module) -> Tensor | None:
@@ -254,20 +236,16 @@ def _require_finite(candidate: Candidate) -> None:
 
 def _note_wider_layers(selection: Selection, options: Options) -> None:
     """Say once which layers are wider, or have coarser scales, than the options read at first sight."""
-    if options.bits == 4 or options.group_size is not None:
-        wider = [c.name for c in selection.chosen if c.scheme.kind != WEIGHT_ONLY]
-        if wider:
-            selection.warnings.append(
-                f"{len(wider)} layers are stored in 8 bits with one scale per channel, because only linear layers "
-                f"that share no weight with another kind of layer can be packed in groups: {_some(wider)}"
-            )
-        ungrouped = [c.name for c in selection.chosen if c.scheme.bits == 4 and c.scheme.group_size is None]
-        if ungrouped:
-            selection.warnings.append(
-                f"{len(ungrouped)} layers have one 4-bit scale per output channel, because none of 128, 64 and 32 "
-                f"divides their inputs: {_some(ungrouped)}"
-            )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    packed = [c for c in selection.chosen if options.packs(options.bits_for(c.name)[1])]
+    wider = [c.name for c in packed if c.scheme.kind != WEIGHT_ONLY]
+    if wider:
+        selection.warnings.append(
+            f"{len(wider)} layers are stored in 8 bits with one scale per channel, because only linear layers "
+            f"that share no weight with another kind of layer can be packed in groups: {shortened(wider)}"
+        )
+    ungrouped = [c.name for c in packed if c.scheme.bits == 4 and c.scheme.group_size is None]
+    if ungrouped:
+        selection.warnings.append(
+            f"{len(ungrouped)} layers have one 4-bit scale per output channel, because none of 128, 64 and 32 "
+            f"divides their inputs: {shortened(ungrouped)}"
+        )

@@ -8,10 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mono_quant.algorithms import quantize_data_free
+from mono_quant.api.algorithm import AlgorithmPlan
+from mono_quant.api.bits import STAY_FLOAT
+from mono_quant.api.names import matches_name
 from mono_quant.api.options import Options
 from mono_quant.api.replace import Progress, Replacements
-from mono_quant.api.selection import matches_name, require_name_matches
-from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
+from mono_quant.api.selection import require_name_matches
+from mono_quant.core.layer_scheme import FLOAT16, WEIGHT_ONLY, LayerScheme
 from mono_quant.core.packing import pack_int32
 from mono_quant.core.quantization_info import LayerInfo
 from mono_quant.core.quantized_tensor import QuantizedTensor
@@ -24,7 +28,11 @@ StateDict = dict[str, Tensor]
 
 
 def quantize_state_dict(
-    state: Mapping[str, Tensor], options: Options, replacements: Replacements, progress: Progress | None
+    state: Mapping[str, Tensor],
+    options: Options,
+    plan: AlgorithmPlan,
+    replacements: Replacements,
+    progress: Progress | None,
 ) -> tuple[StateDict, dict[str, str]]:
     """Answer the state dict of the quantized model, and for each weight that stayed in float the reason.
 
@@ -34,6 +42,7 @@ def quantize_state_dict(
     Args:
         state: Names and float tensors; not modified.
         options: Names and globs in ``include`` and ``skip`` refer to layers: names without ``.weight``.
+        plan: Algorithms that need no data.
         replacements: Receives the record of each layer.
         progress: Called after each layer.
 
@@ -61,7 +70,7 @@ def quantize_state_dict(
             continue
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), chosen[name])
         if key not in shared:
-            shared[key] = _quantize(_layer(name), tensor, chosen[name], options, replacements)
+            shared[key] = _quantize(_layer(name), tensor, chosen[name], options, plan, replacements)
             stored, info = shared[key]
         else:
             stored, info = shared[key]
@@ -112,23 +121,27 @@ def _reason(layer: str, state: Mapping[str, Tensor], options: Options) -> str | 
         return "include does not name it"
     if weight.numel() < options.min_parameters:
         return f"it has {weight.numel()} parameters, fewer than min_parameters={options.min_parameters}"
-    return None
+    rule, bits = options.bits_for(layer)
+    return f"bits says 32 for {rule!r}: float" if bits == STAY_FLOAT else None
 
 
 def _scheme(layer: str, weight: Tensor, options: Options) -> LayerScheme:
+    _, bits = options.bits_for(layer)
     try:
-        return options.scheme_for(weight.shape, weight_only_possible=weight.dim() == 2 and weight.shape[1] > 4)
+        return options.scheme_for(weight.shape, bits, weight_only_possible=weight.dim() == 2 and weight.shape[1] > 4)
     except ConfigurationError as error:
         raise ConfigurationError(f"layer {layer!r}: {error.message}", suggestion=error.suggestion) from None
 
 
 def _quantize(
-    layer: str, weight: Tensor, scheme: LayerScheme, options: Options, replacements: Replacements
+    layer: str, weight: Tensor, scheme: LayerScheme, options: Options, plan: AlgorithmPlan, replacements: Replacements
 ) -> tuple[dict[str, Tensor], LayerInfo]:
     """Answer the stored tensors of one weight under their local names, and its record."""
     quantized: QuantizedTensor | Tensor
     try:
-        if scheme.kind == WEIGHT_ONLY:
+        if plan.steps and scheme.kind != FLOAT16:
+            quantized = quantize_data_free(weight.detach(), scheme, plan.options.hqq_norm)
+        elif scheme.kind == WEIGHT_ONLY:
             group_size = scheme.group_size or max(1, weight.shape[1])
             quantized = quantize_weight_groupwise(weight, group_size, scheme.symmetric, scheme.bits)
         else:
