@@ -8,7 +8,7 @@ from mono_quant.core.mappers import (
     get_dtype_range,
 )
 from mono_quant.core.packing import pack_int32, pack_tiles, unpack_int32, unpack_tiles
-from mono_quant.core.quantization_info import LayerInfo, QuantizationInfo
+from mono_quant.core.quantization_info import Cut, LayerInfo, QuantizationInfo
 from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.core.quantizers import (
     dequantize_weight,
@@ -24,6 +24,7 @@ from mono_quant.core.schemes import AsymmetricScheme, QuantizationScheme, Symmet
 
 __all__ = [
     "AsymmetricScheme",
+    "Cut",
     "LayerInfo",
     "LayerScheme",
     "QuantizationInfo",

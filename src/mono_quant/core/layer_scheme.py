@@ -8,9 +8,10 @@ from typing import Any, Final
 from mono_quant.errors import ConfigurationError
 
 INT8_DYNAMIC: Final = "int8_dynamic"
+INT8_STATIC: Final = "int8_static"
 WEIGHT_ONLY: Final = "weight_only"
 FLOAT16: Final = "float16"
-KINDS: Final = (INT8_DYNAMIC, WEIGHT_ONLY, FLOAT16)
+KINDS: Final = (INT8_DYNAMIC, INT8_STATIC, WEIGHT_ONLY, FLOAT16)
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,9 @@ class LayerScheme:
     """The arithmetic of one quantized layer.
 
     Attributes:
-        kind: ``int8_dynamic`` (8-bit weights, inputs quantized on the fly, integer products), ``weight_only``
-            (packed weights of ``bits`` bits, float arithmetic) or ``float16`` (weights stored in half precision).
+        kind: ``int8_dynamic`` (8-bit weights, inputs quantized on the fly, integer products), ``int8_static`` (the
+            same with scales of the inputs that calibration fixed), ``weight_only`` (packed weights of ``bits`` bits,
+            float arithmetic) or ``float16`` (weights stored in half precision).
         bits: Bits of a weight: 8, 4 or 16.
         symmetric: Whether the weight has no zero points.
         group_size: Inputs that share one scale; ``None`` for one scale per output channel.
@@ -34,7 +36,7 @@ class LayerScheme:
 
     def __post_init__(self) -> None:
         # The values may come from a file, so their types are no more certain than their ranges.
-        allowed = {INT8_DYNAMIC: (8,), WEIGHT_ONLY: (4, 8), FLOAT16: (16,)}
+        allowed = {INT8_DYNAMIC: (8,), INT8_STATIC: (8,), WEIGHT_ONLY: (4, 8), FLOAT16: (16,)}
         if self.kind not in KINDS:
             raise ConfigurationError(f"scheme kind {self.kind!r} is not one of {', '.join(KINDS)}")
         if self.bits not in allowed[self.kind]:
@@ -46,6 +48,8 @@ class LayerScheme:
         for name in ("symmetric", "per_channel"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigurationError(f"{name}={getattr(self, name)!r} of a scheme is neither True nor False")
+        if self.kind == INT8_STATIC and not (self.symmetric and self.per_channel):
+            raise ConfigurationError(f"the weight of a {INT8_STATIC} layer is symmetric with a scale for each channel")
 
     def to_dict(self) -> dict[str, Any]:
         """Answer the scheme as plain values for a checkpoint's header."""
@@ -69,5 +73,6 @@ class LayerScheme:
         granularity = f"groups of {self.group_size}" if self.group_size else "channels"
         if not self.per_channel:
             granularity = "tensor"
-        name = {INT8_DYNAMIC: "int8 dynamic", WEIGHT_ONLY: f"int{self.bits} weights"}[self.kind]
+        names = {INT8_DYNAMIC: "int8 dynamic", INT8_STATIC: "int8 static", WEIGHT_ONLY: f"int{self.bits} weights"}
+        name = names[self.kind]
         return f"{name}, {'symmetric' if self.symmetric else 'asymmetric'}, {granularity}"

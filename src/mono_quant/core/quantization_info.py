@@ -26,6 +26,21 @@ class LayerInfo:
     sqnr_db: float | None = None
 
 
+@dataclass(frozen=True)
+class Cut:
+    """An operation of a static graph that runs in float.
+
+    Attributes:
+        name: The layer or operation.
+        operation: What is done there.
+        reason: Why it is not done in 8 bits.
+    """
+
+    name: str
+    operation: str
+    reason: str
+
+
 @dataclass
 class QuantizationInfo:
     """Metadata of one quantization run.
@@ -46,6 +61,10 @@ class QuantizationInfo:
         bytes_before: Bytes of all parameters and buffers before; tied ones count once.
         bytes_after: The same, after.
         seconds: Wall time of the run.
+        output_sqnr_db: Static quantization: signal-to-noise ratio of the model's answers on calibration samples, in
+            decibels.
+        cuts: Static quantization: where the graph leaves 8 bits, in order.
+        not_captured: Static quantization: why the model is not one graph but was quantized layer by layer.
     """
 
     selected_layers: list[str]
@@ -63,3 +82,6 @@ class QuantizationInfo:
     bytes_before: int = 0
     bytes_after: int = 0
     seconds: float = 0.0
+    output_sqnr_db: float | None = None
+    cuts: list[Cut] = field(default_factory=list)
+    not_captured: str | None = None

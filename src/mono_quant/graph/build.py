@@ -8,16 +8,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant.core import quantize_weight_int8
+from mono_quant.core import QuantizedTensor, quantize_weight_int8
 from mono_quant.graph.arithmetic import Activation, QParams
 from mono_quant.graph.domains import Kind
 from mono_quant.graph.float_layers import FloatConv, FloatLayer
 from mono_quant.graph.fold import zero_padding
 from mono_quant.graph.fuse import activation_of
 from mono_quant.graph.layers import Layer
-from mono_quant.graph.layers.aten import Call, CallSpec, encode, function_name
+from mono_quant.graph.layers.aten import Call, CallSpec, encode
 from mono_quant.graph.layers.conv import ConvSpec, QuantizedConvolution
 from mono_quant.graph.layers.elementwise import Add, Multiply, TwoInputSpec, table_of
+from mono_quant.graph.layers.functions import function_name
 from mono_quant.graph.layers.linear import DynamicLinear, LinearSpec, StaticLinear
 from mono_quant.graph.layers.spatial import (
     AveragePool,
@@ -61,6 +62,15 @@ def quantized_weight(layer: FloatLayer, input_mean: Tensor | None) -> tuple[Tens
     groups = layer.groups if isinstance(layer, FloatConv) else 1
     correction = (taps.reshape(groups, -1, taps.shape[1]) * input_mean.reshape(groups, 1, -1)).sum(2).flatten()
     return codes, quantized.scale, (correction if bias is None else bias.detach().double() + correction).float()
+
+
+def weight_energies(layer: FloatLayer, made: Layer) -> tuple[float, float]:
+    """Answer the sum of squares of a float layer's weight and that of what its 8-bit form changed."""
+    if isinstance(made, DynamicLinear):
+        made = made.linear  # type: ignore[assignment]
+    scale: Any = made.weight_scale
+    stored = QuantizedTensor(made.codes, scale.reshape(-1), None, axis=0)  # type: ignore[arg-type]
+    return stored.error_energy(layer.weight)
 
 
 def convolution(

@@ -25,6 +25,10 @@ _EXPORT_LOG: Final = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 _ASSERTIONS: Final = ("_assert_scalar", "_assert_async", "_assert_tensor_metadata", "sym_constrain_range")
 
 
+# The library need not be imported to know its answers.
+_MODEL_OUTPUT: Final = "transformers.utils.generic.ModelOutput"
+
+
 class NotCapturableError(Exception):
     """Why a model has no static graph; the caller falls back and reports it."""
 
@@ -161,11 +165,20 @@ def _as_graph(program: ExportedProgram, parameters: list[str], names: list[str],
 def _structure(value: Any) -> Any:
     if isinstance(value, int):
         return ["value", value]
+    if value is None:
+        return ["constant", None]
     if type(value) in (list, tuple):
         return [type(value).__name__, [_structure(item) for item in value]]
     if type(value) is dict and all(isinstance(key, str) for key in value):
         return ["dict", {key: _structure(item) for key, item in value.items()}]
+    if _is_model_output(value):
+        return ["fields", {key: _structure(item) for key, item in value.items()}]
     raise NotCapturableError(f"it answers a {type(value).__name__}, not tensors in tuples, lists or dicts")
+
+
+def _is_model_output(value: Any) -> bool:
+    """Say whether a value is an answer with named fields of one of transformers' models."""
+    return any(f"{base.__module__}.{base.__qualname__}" == _MODEL_OUTPUT for base in type(value).__mro__)
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Final, cast
+from typing import Any, Final, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from mono_quant.calibration import Batch, Observer, call_model, create_observer, evaluating, watching
+from mono_quant.core import QuantizedTensor
 from mono_quant.core.mappers import QUINT8
-from mono_quant.errors import InputError, MonoQuantError
+from mono_quant.errors import CheckpointError, InputError, MonoQuantError
 from mono_quant.graph import build
 from mono_quant.graph.arithmetic import QParams
 from mono_quant.graph.float_layers import FloatConv, FloatLayer, FloatLinear
 from mono_quant.graph.layers import KINDS, Layer
+from mono_quant.graph.layers.checks import require_sound
+from mono_quant.graph.layers.conv import ConvSpec, QuantizedConvolution
 from mono_quant.graph.layers.elementwise import OutputSpec, Quantize
 from mono_quant.graph.layers.layer import build_layer
+from mono_quant.graph.layers.linear import StaticLinear
 from mono_quant.graph.observe import ChannelMean
 from mono_quant.graph.options import StaticOptions, StaticReport
 
 # By exact type: a subclass may do something else with its weight.
 _TYPES: Final = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+# What models read of their layers beside the tensors.
+_GEOMETRY: Final = (
+    "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
+    "groups", "padding_mode", "transposed", "output_padding",
+)  # fmt: skip
+
 
 class StaticLayer(nn.Module):
     """Stands in for one float layer: quantizes the input with a fixed scale, computes in 8 bits, answers floats.
+
+    It has the float layer's attributes, hooks, and its ``weight`` as it reads after rounding.
 
     Args:
         layer: The 8-bit layer, which answers float32.
@@ -39,6 +51,52 @@ class StaticLayer(nn.Module):
         self.quantize = Quantize(OutputSpec(scale))
         self.layer = layer
         self.dims = dims
+        self.float_dtype = torch.float32
+
+    def stand_in_for(self, module: nn.Module) -> Self:
+        """Take over a float layer's attributes, hooks and dtype; answer the layer itself."""
+        for name in _GEOMETRY:
+            if hasattr(module, name):
+                setattr(self, name, getattr(module, name))
+        for name, hooks in vars(module).items():
+            if name.startswith("_forward_") and "hooks" in name and hooks:
+                getattr(self, name).update(hooks)
+        weight = getattr(module, "weight", None)
+        self.float_dtype = weight.dtype if isinstance(weight, Tensor) else self.float_dtype
+        return self
+
+    @property
+    def codes(self) -> QuantizedTensor:
+        """The stored weight, output channels first."""
+        layer: Any = self.layer
+        return QuantizedTensor(layer.codes, layer.weight_scale, None, axis=0)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the float layer's dtype, computed at each reading."""
+        return self.codes.dequantize(self.float_dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.layer.bias  # type: ignore[assignment]
+        return None if bias is None else bias.to(self.float_dtype)
+
+    def to_float(self) -> nn.Module:
+        """Answer a standard layer with the rounded weight and the bias; this one is not modified."""
+        weight, bias, spec = self.weight, self.bias, self.layer.spec
+        outputs, inputs, *kernel = weight.shape
+        float_layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+        if isinstance(spec, ConvSpec):
+            convolution: Any = _TYPES[len(kernel)]
+            float_layer = convolution(
+                inputs * spec.groups, outputs, tuple(kernel), tuple(spec.stride), tuple(spec.padding),
+                tuple(spec.dilation), spec.groups, bias=bias is not None, device="meta",
+            )  # fmt: skip
+        else:
+            float_layer = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+        float_layer.weight = nn.Parameter(weight)
+        float_layer.bias = None if bias is None else nn.Parameter(bias)
+        return float_layer.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         single = self.dims is not None and input.dim() == self.dims - 1
@@ -52,7 +110,13 @@ class StaticLayer(nn.Module):
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> StaticLayer:
         """Answer a layer whose buffers have the right shapes and no values yet."""
-        return cls(build_layer(description["layer"], KINDS), QParams(*description["scale"]), description["dims"])
+        layer = build_layer(description["layer"], KINDS)
+        made = cls(layer, QParams(*description["scale"]), description["dims"])
+        for part in (layer, made.quantize):
+            require_sound(str(description["layer"]["kind"]), part)
+        if not isinstance(layer, QuantizedConvolution | StaticLinear) or not isinstance(made.dims, int | None):
+            raise CheckpointError(f"the description of a static layer is damaged: it is a {layer.kind} step")
+        return made
 
 
 def quantize_layerwise(
@@ -93,8 +157,10 @@ def quantize_layerwise(
             report.skipped[name] = "the calibration data never reached it"
             continue
         mean = means[name].mean if name in means else None
-        memo[id(module)] = _static_layer(name, module, observers[name], mean)
+        made = _static_layer(name, module, observers[name], mean)
+        memo[id(module)] = made.stand_in_for(module)
         report.layers.append(name)
+        report.energies[name] = made.codes.error_energy(module.weight)  # type: ignore[arg-type]
     try:
         return copy.deepcopy(model, memo).eval()
     except Exception as error:
@@ -150,5 +216,7 @@ def put_layers(model: nn.Module, descriptions: dict[str, Any]) -> nn.Module:
     missing = sorted(descriptions.keys() - modules.keys())
     if missing:
         raise InputError(f"the model has no layer named {', '.join(missing)}, which the checkpoint describes")
-    memo: dict[int, Any] = {id(modules[name]): StaticLayer.from_description(d) for name, d in descriptions.items()}
+    memo: dict[int, Any] = {}
+    for name, description in descriptions.items():
+        memo[id(modules[name])] = StaticLayer.from_description(description).stand_in_for(modules[name])
     return copy.deepcopy(model, memo)

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from torch import Tensor, fx
 
+from mono_quant.core import Cut
 from mono_quant.errors import MonoQuantError
 from mono_quant.graph import build
 from mono_quant.graph.arithmetic import QParams
@@ -21,7 +22,7 @@ from mono_quant.graph.layers.elementwise import Add, Dequantize, InputSpec, Mult
 from mono_quant.graph.layers.linear import DynamicLinear
 from mono_quant.graph.layers.spatial import AveragePool, MaxPool
 from mono_quant.graph.observe import Statistics
-from mono_quant.graph.options import Cut, StaticReport
+from mono_quant.graph.options import StaticReport
 from mono_quant.graph.program import StaticGraph, Step, numbers_in
 
 # Steps that answer memory of their own, which a later step may write to.
@@ -192,6 +193,8 @@ class Lowering:
             raise type(error)(f"layer {name!r}: {error.message}", error.suggestion) from error
         if name not in self._report.layers:  # a layer may be called twice
             self._report.layers.append(name)
+            if self._statistics is not None:
+                self._report.energies[name] = build.weight_energies(layer, made)
         if isinstance(made, DynamicLinear):
             self._floats[node] = self._emit(node, made, self._float_number(sources[0]))
             return
@@ -236,6 +239,8 @@ def _fill(structure: Any, outputs: list[Any]) -> Any:
     kind, content = structure
     if kind == "value":
         return outputs[content]
-    if kind == "dict":
+    if kind == "constant":
+        return structure
+    if kind in ("dict", "fields"):
         return [kind, {key: _fill(item, outputs) for key, item in content.items()}]
     return [kind, [_fill(item, outputs) for item in content]]

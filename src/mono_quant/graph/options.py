@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mono_quant.calibration import OBSERVERS, CalibrationProgress
+from mono_quant.core import Cut
 from mono_quant.errors import ConfigurationError
 
 
@@ -38,21 +39,6 @@ class StaticOptions:
             raise ConfigurationError(f"calibration_samples={self.calibration_samples} is not positive")
 
 
-@dataclass(frozen=True)
-class Cut:
-    """An operation that runs in float.
-
-    Attributes:
-        name: The layer or operation.
-        operation: What is done there.
-        reason: Why it is not done in 8 bits.
-    """
-
-    name: str
-    operation: str
-    reason: str
-
-
 @dataclass
 class StaticReport:
     """What a static quantization did.
@@ -61,6 +47,8 @@ class StaticReport:
         captured: Whether the model runs as one graph; otherwise layer by layer.
         reason: Why it was not captured; empty if it was.
         layers: Names of the layers with 8-bit weights, in order.
+        energies: For each of them the sum of squares of its weight, as the graph holds it after folding, and that of
+            what rounding changed.
         skipped: For each layer with weights that stayed in float, why.
         cuts: Operations that run in float and why, in order; moves of data are left out.
         samples: Calibration samples used.
@@ -73,6 +61,7 @@ class StaticReport:
     captured: bool = False
     reason: str = ""
     layers: list[str] = field(default_factory=list)
+    energies: dict[str, tuple[float, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
     samples: int = 0

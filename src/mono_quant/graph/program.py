@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from mono_quant.errors import CheckpointError, InputError
+from mono_quant.calibration.batches import describe_value
+from mono_quant.errors import CheckpointError, InputError, MonoQuantError
 from mono_quant.graph.layers import KINDS, Layer
+from mono_quant.graph.layers.checks import require_sound
 from mono_quant.graph.layers.layer import build_layer
 
 FORMAT_VERSION: Final = 1
@@ -63,11 +66,23 @@ class StaticGraph(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         values: list[Any] = [None] * self._values
-        values[: len(self.input_names)] = self._bind(args, kwargs)
-        for step, layer, released in zip(self.steps, self.layers, self._released, strict=True):
-            values[step.output] = layer(*[values[number] for number in step.inputs])
-            for number in released:
-                values[number] = None
+        given = self._bind(args, kwargs)
+        values[: len(self.input_names)] = given
+        name = ""
+        try:
+            for step, layer, released in zip(self.steps, self.layers, self._released, strict=True):
+                name = step.name
+                values[step.output] = layer(*[values[number] for number in step.inputs])
+                for number in released:
+                    values[number] = None
+        except (MonoQuantError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the static graph failed at {name!r} on {', '.join(map(describe_value, given))}: "
+                f"{(str(error).strip() or type(error).__name__).splitlines()[0]}",
+                suggestion="Inputs must have the dimensions, channels and dtypes of the calibration data.",
+            ) from error
         return output_of(self.output, values)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -79,6 +94,27 @@ class StaticGraph(nn.Module):
                 suggestion="It was captured with these inputs; other arguments need a calibration of their own.",
             )
         return [given[name] for name in self.input_names]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the graph to another device. Its precision is fixed: ``.half()`` and ``.to(dtype)`` change nothing."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def to_float(self) -> nn.Module:
+        """Refuse: norms are folded into weights and layers have become steps, so no standard layers are left.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "a static graph cannot be turned back into standard layers: its norms are folded into its weights",
+            suggestion="Keep the float model; quantize() does not touch it.",
+        )
 
     def describe(self) -> dict[str, Any]:
         """Answer the graph without its numbers as plain values for a checkpoint; :meth:`from_description` undoes it."""
@@ -118,22 +154,43 @@ class StaticGraph(nn.Module):
             ]
             layers = [build_layer(step["layer"], KINDS) for step in description["steps"]]
             parameters, inputs = ([str(name) for name in description[key]] for key in ("parameters", "inputs"))
+            _require_order(steps, len(inputs), description["output"])
             graph = cls(steps, layers, parameters, inputs, description["output"])
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except CheckpointError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"the description of a static graph is damaged: {error!r}") from error
-        graph._require_order()
+        for step, layer in zip(steps, layers, strict=True):
+            require_sound(step.name, layer)
         return graph
 
-    def _require_order(self) -> None:
-        known = set(range(len(self.input_names)))
-        for step in self.steps:
-            if not known.issuperset(step.inputs) or step.output in known:
-                raise CheckpointError(f"the description of a static graph is damaged at step {step.name!r}")
-            known.add(step.output)
-        if not known.issuperset(numbers_in(self.output)):
-            raise CheckpointError("the description of a static graph is damaged: its answer is never computed")
+
+def _require_order(steps: Sequence[Step], inputs: int, output: Any) -> None:
+    """Refuse steps that take what is not there yet, or number their answers beyond the number of steps."""
+    known = set(range(inputs))
+    numbers = range(inputs, inputs + len(steps))
+    for step in steps:
+        if not known.issuperset(step.inputs) or step.output in known or step.output not in numbers:
+            raise CheckpointError(f"the description of a static graph is damaged at step {step.name!r}")
+        known.add(step.output)
+    if not known.issuperset(numbers_in(output)):
+        raise CheckpointError("the description of a static graph is damaged: its answer is never computed")
+
+
+class Fields(dict[Any, Any]):
+    """An answer with named fields: read by key, by position or as attribute, like those of transformers' models."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"the answer has no field {name!r}; its fields are {', '.join(map(repr, self))}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.to_tuple()[key] if isinstance(key, int | slice) else super().__getitem__(key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Answer the fields' values in order."""
+        return tuple(self.values())
 
 
 def _layer(module: nn.Module) -> Layer:
@@ -158,15 +215,16 @@ def output_of(structure: Any, values: Sequence[Any]) -> Any:
     """Answer values in the form of the float model's answer.
 
     ``["value", n]`` is value ``n``; ``["list", [...]]`` and ``["tuple", [...]]`` hold structures, ``["dict", {...}]``
-    structures by key; ``["constant", c]`` is ``c``.
+    and ``["fields", {...}]`` structures by key; ``["constant", c]`` is ``c``.
     """
     kind, content = structure
     if kind == "value":
         return values[content]
     if kind == "constant":
         return content
-    if kind == "dict":
-        return {key: output_of(item, values) for key, item in content.items()}
+    if kind in ("dict", "fields"):
+        named = {key: output_of(item, values) for key, item in content.items()}
+        return named if kind == "dict" else Fields(named)
     items = [output_of(item, values) for item in content]
     return tuple(items) if kind == "tuple" else items
 
@@ -178,7 +236,7 @@ def numbers_in(structure: Any) -> list[int]:
         return [int(content)]
     if kind == "constant":
         return []
-    if kind not in ("dict", "list", "tuple"):
+    if kind not in ("dict", "fields", "list", "tuple"):
         raise ValueError(f"unknown structure {kind!r}")
-    items = content.values() if kind == "dict" else content
+    items = content.values() if kind in ("dict", "fields") else content
     return [number for item in items for number in numbers_in(item)]

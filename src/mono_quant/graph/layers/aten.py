@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -11,23 +10,8 @@ import torch
 from torch import Tensor
 
 from mono_quant.errors import CheckpointError
+from mono_quant.graph.layers.functions import find_function
 from mono_quant.graph.layers.layer import Layer
-
-# Arithmetic on sizes. A checkpoint names its functions; only these and PyTorch's pure tensor functions are looked up.
-PYTHON_FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "floordiv": operator.floordiv,
-    "truediv": operator.truediv,
-    "mod": operator.mod,
-    "neg": operator.neg,
-    "getitem": operator.getitem,
-    "sym_max": torch.sym_max,
-    "sym_min": torch.sym_min,
-    "sym_int": torch.sym_int,
-    "sym_float": torch.sym_float,
-}
 
 _NAMED: Final[dict[str, dict[str, Any]]] = {
     "dtype": {
@@ -50,7 +34,7 @@ class CallSpec:
     """One call of a function.
 
     Attributes:
-        function: ``aten.NAME.OVERLOAD`` or ``python.NAME``.
+        function: ``aten.NAME.OVERLOAD`` or ``python.NAME``; see :mod:`mono_quant.graph.layers.functions`.
         args: Positional arguments as plain values, see :func:`encode`.
         kwargs: Keyword arguments likewise.
     """
@@ -91,15 +75,17 @@ class Call(Layer):
         if not isinstance(value, dict):
             return value
         ((kind, name),) = value.items()
-        if kind == "input":
-            return operator.itemgetter(int(name))
-        if kind == "constant":
+        if kind == "input" and type(name) is int and name >= 0:
+            return operator.itemgetter(name)
+        if kind == "constant" and name in self._buffers:
             return lambda inputs: self._buffers[name]
         if kind == "device":
             return torch.device(name)
         if kind == "float":
             return float(name)
-        return _NAMED[kind][name]
+        if kind in _NAMED and name in _NAMED[kind]:
+            return _NAMED[kind][name]
+        raise CheckpointError(f"a static graph calls {self.spec.function!r} with an argument {value!r} that is none")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Call:
         # The compiled arguments close over this layer; a copy must read its own constants.
@@ -145,42 +131,3 @@ def encode(value: Any, inputs: dict[Any, int], constants: dict[Any, str]) -> Any
     elif value in constants:
         return {"constant": constants[value]}
     raise TypeError(f"an argument of type {type(value).__name__}")
-
-
-def function_name(function: Any) -> str | None:
-    """Answer the name by which :func:`find_function` finds a function, or ``None`` if it would not."""
-    if isinstance(function, torch._ops.OpOverload):
-        name = str(function)
-        return name if function.namespace == "aten" and _is_pure(function) else None
-    for name, known in PYTHON_FUNCTIONS.items():
-        if function is known:
-            return f"python.{name}"
-    return None
-
-
-def find_function(name: str) -> Callable[..., Any]:
-    """Answer the function of a name.
-
-    Raises:
-        CheckpointError: There is none, or it is not a pure function of tensors.
-    """
-    namespace, _, rest = name.partition(".")
-    if namespace == "python" and rest in PYTHON_FUNCTIONS:
-        return PYTHON_FUNCTIONS[rest]
-    if namespace == "aten":
-        packet_name, _, overload = rest.partition(".")
-        packet = getattr(torch.ops.aten, packet_name, None)
-        function = None if packet is None else getattr(packet, overload, None)
-        if isinstance(function, torch._ops.OpOverload) and _is_pure(function):
-            return function
-    raise CheckpointError(f"a static graph calls {name!r}, which is not a function that this version allows")
-
-
-def _is_pure(function: torch._ops.OpOverload) -> bool:
-    """Say whether a function of PyTorch only reads its arguments; names of files are never among them."""
-    schema = function._schema
-    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments):
-        return False
-    kinds = {str(argument.type) for argument in schema.arguments}
-    takes_tensor = any("Tensor" in kind for kind in kinds)
-    return takes_tensor or schema.name.removeprefix("aten::") in {"arange", "full", "ones", "zeros", "scalar_tensor"}

@@ -51,7 +51,7 @@ class Quantize(Layer):
     """Float values to codes; values beyond the calibrated range become its nearest end.
 
     Raises:
-        InputError: The values hold NaN, which no code stands for.
+        InputError: The values hold NaN, which no code stands for, or are integers.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -59,6 +59,8 @@ class Quantize(Layer):
     spec: OutputSpec
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise InputError(f"a statically quantized layer takes floating-point numbers, found {x.dtype}")
         if x.numel() and bool(torch.aminmax(x.detach())[0].isnan()):
             raise InputError(
                 f"a statically quantized layer met NaN in an input of shape {list(x.shape)}; 8-bit codes have no NaN"

@@ -71,7 +71,9 @@ def build_layer(description: dict[str, Any], kinds: dict[str, type[Layer]]) -> L
             for name, (dtype, shape) in description["tensors"].items()
         }
         return layer_type.from_description(description["spec"], tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"the description of a static graph holds a layer that this version cannot build: {error!r}",
             suggestion="Load it with the version of mono_quant that wrote it.",

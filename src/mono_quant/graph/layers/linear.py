@@ -141,6 +141,8 @@ class DynamicLinear(Layer):
     @classmethod
     def from_description(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         made = DynamicLinearSpec(**spec)
+        if [*tensors["linear.weight"].shape] != [made.out_features, made.in_features]:
+            raise ValueError(f"a weight of shape {[*tensors['linear.weight'].shape]}")
         return cls(made, QuantizedLinear(made.in_features, made.out_features, made.bias, symmetric=True))
 
     def forward(self, x: Tensor) -> Tensor:
