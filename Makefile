@@ -74,6 +74,7 @@ peers: $(VENV)/.dev ## install the engines that the benchmarks compare with
 bench: $(VENV)/.dev ## measure models and layers, keep the results, fill in the README's tables
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.linear
+	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.vision
 	$(BIN)/python -m benchmarks.report
 

@@ -75,6 +75,27 @@ def linear_table(document: results.Document) -> str:
     )
 
 
+def decoding_table(document: results.Document) -> str:
+    """Answer the results of :mod:`benchmarks.decoding` as Markdown."""
+    rows = []
+    for engine in document["engines"]:
+        step, prefill = engine["step"], engine["prefill"]
+        tokens = f"{1 / step['median']:.0f} ({1 / step['ratio']:.2f})"
+        read = "" if prefill is None else f"{prefill['median'] * 1e3:.0f} ({1 / prefill['ratio']:.2f})"
+        rows.append([engine["name"], tokens, read, f"{engine['weight_bytes'] / 1e6:.0f}"])
+    window = document["window"]
+    parts = [
+        _table(["SmolLM2-135M", "tokens per second", f"reading {window} tokens, ms", "weights, MB"], rows),
+        _provenance(document),
+    ]
+    parts += [f"Left out: {key} {reason}." for key, reason in document["skipped"].items()]
+    parts.append(
+        f"Greedy decoding of one sequence behind a prompt of {document['prompt']} tokens, eager where not said "
+        "otherwise; medians of calls in bursts that take turns. In brackets how many times as fast as float32."
+    )
+    return "\n\n".join(parts)
+
+
 def vision_table(document: results.Document) -> str:
     """Answer the results of :mod:`benchmarks.vision` as Markdown: a table of latencies, one of all else."""
     networks, engines = document["networks"], document["engines"]
@@ -165,6 +186,7 @@ def _provenance(document: results.Document) -> str:
 TABLES: dict[str, Callable[[results.Document], str]] = {
     "models": models_table,
     "linear": linear_table,
+    "decoding": decoding_table,
     "vision": vision_table,
 }
 

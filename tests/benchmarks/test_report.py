@@ -46,6 +46,17 @@ LINEAR = {
     "environment": ENVIRONMENT,
     "shapes": [{"rows": 1, "inputs": 2, "outputs": 3, "engines": {"torch float32": TIMING}}],
 }
+DECODING = {
+    "format": results.FORMAT,
+    "environment": ENVIRONMENT,
+    "prompt": 64,
+    "window": 512,
+    "engines": [
+        {"name": "eager", "weight_bytes": 135_000_000, "step": TIMING, "prefill": {**TIMING, "median": 0.25}},
+        {"name": "compiled", "weight_bytes": 135_000_000, "step": TIMING, "prefill": None},
+    ],
+    "skipped": {"other": "is not there: ModuleNotFoundError: no module"},
+}
 _VISION_ENGINE = {
     "latency": {"1": TIMING},
     "accuracy": {"agreement": 0.91, "snr_db": 18.04},
@@ -81,7 +92,12 @@ def test_the_readme_shows_the_kept_results() -> None:
 
 
 def test_a_table_names_processor_date_and_versions() -> None:
-    for table in (report.models_table(MODELS), report.linear_table(LINEAR), report.vision_table(VISION)):
+    for table in (
+        report.models_table(MODELS),
+        report.linear_table(LINEAR),
+        report.decoding_table(DECODING),
+        report.vision_table(VISION),
+    ):
         assert "Measured on 2026-01-02: A Processor, 2 cores (avx2)" in table
         assert "torch 2.13.0" in table
 
@@ -98,6 +114,14 @@ def test_the_linear_table_has_a_row_for_each_shape() -> None:
     assert "| 1, 2, 3 | 2000 (0.50) |" in report.linear_table(LINEAR)
 
 
+def test_the_decoding_table_has_speed_and_size_and_what_was_left_out() -> None:
+    table = report.decoding_table(DECODING)
+    assert "| eager | 500 (2.00) | 250 (2.00) | 135 |" in table
+    assert "| compiled | 500 (2.00) |  | 135 |" in table
+    assert "reading 512 tokens, ms" in table
+    assert "Left out: other is not there: ModuleNotFoundError: no module." in table
+
+
 def test_the_vision_tables_have_latency_accuracy_memory_and_calibration() -> None:
     table = report.vision_table(VISION)
     assert "| ours | 2.0 (0.50) |" in table
@@ -110,11 +134,13 @@ def test_filling_replaces_only_the_blocks(tmp_path: Path) -> None:
     results.write(MODELS, tmp_path / "models.json")
     text = "before\n<!-- results:models -->\nold\n<!-- /results:models -->\nbetween\n"
     text += "<!-- results:linear -->\n<!-- /results:linear -->\n"
+    text += "<!-- results:decoding -->\n<!-- /results:decoding -->\n"
     text += "<!-- results:vision -->\n<!-- /results:vision -->\nafter\n"
     filled = report.fill(text, tmp_path)
     assert filled.startswith("before\n<!-- results:models -->\n| all-MiniLM-L6-v2 |")
     assert filled.endswith(
         f"between\n<!-- results:linear -->\n{report.NOT_MEASURED}\n<!-- /results:linear -->\n"
+        f"<!-- results:decoding -->\n{report.NOT_MEASURED}\n<!-- /results:decoding -->\n"
         f"<!-- results:vision -->\n{report.NOT_MEASURED}\n<!-- /results:vision -->\nafter\n"
     )
     assert report.fill(filled, tmp_path) == filled
