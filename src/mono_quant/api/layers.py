@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from mono_quant.api.algorithm import AlgorithmPlan, plan_algorithm, prepare
+from mono_quant.api.checks import check_accuracy, require_replaceable
 from mono_quant.api.method import Request
 from mono_quant.api.options import Options
 from mono_quant.api.replace import Progress, Replacements, cast_rest, quantize_copy, quantize_inplace
@@ -18,7 +18,7 @@ from mono_quant.api.selection import Selection, assign_schemes, select_layers
 from mono_quant.api.state_dict import quantize_state_dict
 from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.quantization_info import QuantizationInfo
-from mono_quant.errors import ConfigurationError, InputTypeError, QuantizationError, ValidationError
+from mono_quant.errors import ConfigurationError, InputTypeError, QuantizationError
 from mono_quant.modules import disable_fused_path, mark_layers_that_share
 from mono_quant.modules import fuse_activations as fuse_activation_modules
 from mono_quant.report import decibels, model_bytes
@@ -30,7 +30,7 @@ def quantize_layers(
     """Quantize the layers of a module or a state dict; see :func:`mono_quant.quantize`."""
     started = time.perf_counter()
     if isinstance(model, nn.Module):
-        _require_replaceable(model)
+        require_replaceable(model)
         selection = select_layers(model, options)
         return _quantize_selection(model, selection, options, plan_algorithm(request, model), progress, started)
     if not isinstance(model, Mapping):
@@ -71,7 +71,7 @@ def quantize_by_schemes(
         QuantizationError, InputError, InputTypeError, ValidationError: As :func:`mono_quant.quantize`.
     """
     started = time.perf_counter()
-    _require_replaceable(model)
+    require_replaceable(model)
     selection = select_layers(model, options)
     assign_schemes(selection, schemes, why_float or {})
     reasons = selection.skip_reasons
@@ -112,14 +112,6 @@ def _quantize_selection(
     return _result(outcome, replacements, options, bytes_before, started)
 
 
-def _require_replaceable(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
-        raise InputTypeError(
-            f"cannot replace layers inside a compiled model ({type(model).__name__})",
-            suggestion="Quantize the module first and compile the result.",
-        )
-
-
 def _finish(quantized: nn.Module, options: Options) -> list[str]:
     """Do what is left once the layers are replaced; answer warnings."""
     if options.compute_dtype is not None:
@@ -156,32 +148,8 @@ def _result(
         bytes_after=bytes_after,
         seconds=time.perf_counter() - started,
     )
-    _check_accuracy(info, options)
+    check_accuracy(info, options)
     return QuantizationResult(outcome.model, info, list(info.warnings))
-
-
-def _check_accuracy(info: QuantizationInfo, options: Options) -> None:
-    """Compare the weights' error with both thresholds.
-
-    Raises:
-        ValidationError: It is beyond a threshold whose action is ``"error"``.
-    """
-    if info.sqnr_db is None:
-        return
-    checks = (
-        (options.sqnr_error_threshold, options.on_failure),
-        (options.sqnr_warning_threshold, options.accuracy_warning),
-    )
-    for threshold, action in checks:
-        if info.sqnr_db >= threshold or action == "ignore":
-            continue
-        message = f"the weights' signal-to-quantization-noise ratio is {info.sqnr_db:.1f} dB, below {threshold:g} dB"
-        if action == "error":
-            raise ValidationError(
-                message, suggestion="Use more bits or smaller groups, or leave the worst layers of info.layers out."
-            )
-        info.warnings.append(message)
-        return
 
 
 def _why_nothing(reasons: Mapping[str, str]) -> str:

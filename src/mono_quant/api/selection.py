@@ -63,6 +63,29 @@ def select_layers(model: nn.Module, options: Options) -> Selection:
     return selection
 
 
+def reasons_to_skip(model: nn.Module, options: Options) -> tuple[dict[str, str], list[str]]:
+    """Answer why ``options`` leave layers in float, by name, and warnings about options that mean nothing here.
+
+    Raises:
+        ConfigurationError: A name or glob of ``include`` or ``skip`` matches nothing.
+        QuantizationError: A layer's weight has no values yet.
+    """
+    require_matches(options, [name for name, _ in model.named_modules()])
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not _holds_weights(module) or ".parametrizations." in f".{name}.":
+            continue
+        for parameter in module.parameters(recurse=False):
+            _require_values(name, parameter)
+        reason = _reason_by_selectors(name, module, options)
+        weight = _weight(module)
+        if reason is None and weight is not None and weight.numel() < options.min_parameters:
+            reason = f"it has {weight.numel()} parameters, fewer than min_parameters={options.min_parameters}"
+        if reason is not None:
+            reasons[name] = reason
+    return reasons, _unmatched_types(options, list(model.modules()))
+
+
 def assign_schemes(
     selection: Selection, schemes: Mapping[str, LayerScheme | None], why_float: Mapping[str, str]
 ) -> None:
@@ -217,14 +240,20 @@ def _tied_to_others(model: nn.Module) -> set[int]:
     return {key for key, types in owners.items() if len(types) > 1}
 
 
+def _require_values(name: str, weight: Tensor) -> None:
+    if isinstance(weight, UninitializedParameter):
+        raise QuantizationError(f"layer {name!r}: its weight is not initialised yet: run the model once")
+    if weight.is_meta:
+        raise QuantizationError(
+            f"layer {name!r}: its weight is on the meta device and has no values",
+            suggestion="Load the weights before quantizing.",
+        )
+
+
 def _require_finite(candidate: Candidate) -> None:
     weight = _weight(candidate.module)
     assert weight is not None
-    if weight.is_meta:
-        raise QuantizationError(
-            f"layer {candidate.name!r}: its weight is on the meta device and has no values",
-            suggestion="Load the weights before quantizing.",
-        )
+    _require_values(candidate.name, weight)
     # aminmax passes NaN on and needs no temporary of the weight's size.
     if weight.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all()):
         broken = int((~torch.isfinite(weight.detach())).sum())
