@@ -70,7 +70,7 @@ def reasons_to_skip(model: nn.Module, options: Options) -> tuple[dict[str, str],
         ConfigurationError: A name or glob of ``include`` or ``skip`` matches nothing.
         QuantizationError: A layer's weight has no values yet.
     """
-    require_matches(options, [name for name, _ in model.named_modules()])
+    require_name_matches(options, [name for name, _ in model.named_modules()])
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         if not _holds_weights(module) or ".parametrizations." in f".{name}.":
