@@ -21,6 +21,7 @@ from mono_quant.api import (
     dynamic_quantize,
     quantize,
     revert_to_standard_modules,
+    static_quantize,
 )
 from mono_quant.config import QuantizationConfig
 from mono_quant.core import LayerInfo, LayerScheme, QuantizationInfo, QuantizedTensor
@@ -56,6 +57,7 @@ __all__ = [
     "revert_to_standard_modules",
     "save_model",
     "show_config",
+    "static_quantize",
     "system_config",
     "validate_quantization",
 ]

@@ -4,7 +4,7 @@ from mono_quant.api.options import Selector, Selectors
 from mono_quant.api.quantize import quantize
 from mono_quant.api.result import QuantizationResult
 from mono_quant.api.revert import dequantize_model
-from mono_quant.api.shorthands import dynamic_quantize
+from mono_quant.api.shorthands import dynamic_quantize, static_quantize
 from mono_quant.errors import (
     BackendError,
     CheckpointError,
@@ -33,4 +33,5 @@ __all__ = [
     "dynamic_quantize",
     "quantize",
     "revert_to_standard_modules",
+    "static_quantize",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
 from mono_quant.api.replace import Progress
@@ -17,7 +18,8 @@ def progress_bar(progress: Progress | None, show: bool) -> Iterator[Progress | N
     if not show:
         yield progress
         return
-    with ProgressBar(console=Console(stderr=True), transient=True) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with ProgressBar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("Quantizing", total=None)
 
         def report(done: int, total: int, name: str) -> None:

@@ -87,13 +87,20 @@ def quantize(
     ``bits=8`` linear layers and convolutions also compute in integers: their inputs are quantized as they come,
     each row (each sample of a convolution) on its own, so no calibration data is needed.
 
+    With ``calibration_data`` (and ``bits=8``) the ranges of inputs and outputs are fixed instead: the model becomes a
+    graph whose activations stay 8-bit from layer to layer, with batch norms folded and activations fused. It is called
+    as the model is, takes any batch size, and serves convolutional networks best. What cannot be captured as a graph
+    is quantized layer by layer, and ``info.not_captured`` says why.
+
     Args:
         model: A module; a state dict; or a path to a ``.safetensors`` file, a ``.pt`` file of plain tensors, or a
             transformers directory.
         bits: 8 (int8), 4 (int4 weights in groups, float arithmetic) or 16 (float16 weights, float32 arithmetic).
-        dynamic: ``True`` for dynamic quantization, also the default without calibration data.
+        dynamic: ``True`` for dynamic quantization, also the default without calibration data; ``False`` for static.
         scheme: ``"symmetric"`` weights, or ``"asymmetric"`` ones with zero points.
-        calibration_data: Reserved for static quantization, which this version does not have.
+        calibration_data: Inputs like those that the model will meet: a tensor, a mapping of tensors, a DataLoader, or
+            an iterable of tensors, tuples, mappings or (inputs, labels) pairs, each a batch. With ``bits=8`` they ask
+            for static quantization; ``bits=4``, ``group_size`` and ``algorithm`` use them to choose better codes.
         show_progress: Show a progress bar on standard error.
         include: Quantize only these layers: exact names (of a layer, or of a block for all layers inside), globs, or
             module types.
@@ -106,11 +113,18 @@ def quantize(
         fuse_activations: Let an int8 linear layer compute the ReLU, GELU or SiLU module that follows it, where it is
             certain that nothing else reads its output.
         inplace: Quantize ``model`` itself, freeing each float weight as soon as it is replaced.
-        progress: Called after each layer with the number done, the number in all and the layer's name.
+        observer: Static: how the range of an activation follows from its values; one of
+            :data:`mono_quant.calibration.OBSERVERS`.
+        equalize: Static: balance the weight ranges of successive layers first.
+        correct_bias: Static: take the mean error of rounded weights out of the biases.
+        progress: Called after each layer with the number done, the number in all and the layer's name; while
+            calibrating after each batch, with numbers of samples.
         run_validation: Measure the error of each weight, for ``info`` and for the two thresholds.
         on_failure: What happens when the weights' ratio falls below ``sqnr_error_threshold``: ``"error"``,
             ``"warn"`` or ``"ignore"``.
-        accuracy_warning: The same for ``sqnr_warning_threshold``; ``"warn"`` adds to the result's warnings.
+        accuracy_warning: The same for ``sqnr_warning_threshold``; ``"warn"`` adds to the result's warnings. Static: it
+            also decides what happens when the model's answers on the calibration data fall below
+            ``sqnr_error_threshold``.
         sqnr_warning_threshold: Signal-to-quantization-noise ratio of all weights together, in decibels.
         sqnr_error_threshold: As above.
         dtype: ``torch.qint8``, ``torch.quint8`` (asymmetric) or ``torch.float16``; another way to say ``bits``.
@@ -121,7 +135,7 @@ def quantize(
         skip_names, skip_types, skip_layer_names, skip_layer_types, modules_to_not_convert: 1.1's names of ``skip``. A
             name also stands for a last part (``"lm_head"`` for ``"model.lm_head"``) and may match nothing.
         skip_param_threshold: 1.1's name of ``min_parameters``.
-        num_calibration_samples: Reserved for static quantization.
+        num_calibration_samples: Use at most this many samples of the calibration data; static: 150.
 
     Returns:
         The quantized model with what was done and what was not, and why. For a state dict the model is a state dict.

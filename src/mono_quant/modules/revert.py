@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -10,6 +11,15 @@ from mono_quant.errors import InputTypeError
 from mono_quant.modules.base import QuantizedModule
 from mono_quant.modules.fusion import FusedActivation
 from mono_quant.modules.transformer import restore_fused_path
+
+
+@runtime_checkable
+class Revertible(Protocol):
+    """A module of another part of the library that stands in for a standard layer."""
+
+    def to_float(self) -> nn.Module:
+        """Answer the standard layer; this one is not modified."""
+        ...
 
 
 def revert_to_standard_modules(model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -24,6 +34,7 @@ def revert_to_standard_modules(model: nn.Module, inplace: bool = False) -> nn.Mo
 
     Raises:
         InputTypeError: ``model`` is not a module.
+        InputError: A part of it has no standard layers to go back to, as static graphs have none.
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, found {type(model).__name__}")
@@ -55,6 +66,8 @@ def standard_modules(model: nn.Module, keep_activations: bool = False) -> dict[i
     for module in model.modules():
         if isinstance(module, QuantizedModule):
             found[id(module)] = _standard_layer(module, tied)
+        elif isinstance(module, Revertible):
+            found[id(module)] = module.to_float()
         elif isinstance(module, FusedActivation):
             found[id(module)] = module.activation if keep_activations else copy.deepcopy(module.activation)
     return found

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from mono_quant.core import QuantizedTensor
 from mono_quant.errors import InputError, InputTypeError
+from mono_quant.graph.layers.packed import PackedLayer
 from mono_quant.modules import QuantizedModule
 
 # Sums run in float64 over pieces of this many elements, so that a large tensor is never doubled.
@@ -186,6 +187,9 @@ def calculate_model_size(model: nn.Module | Mapping[str, Tensor]) -> tuple[float
         for parameter in module.parameters(recurse=False):
             if not is_lazy(parameter):
                 counted[memory_key(parameter)] = parameter.numel()
+        if isinstance(module, PackedLayer):
+            counted[id(module), "weight"] = module.codes.numel()
+            counted[id(module), "bias"] = 0 if module.bias is None else module.bias.numel()  # type: ignore[union-attr,operator]
         if isinstance(module, QuantizedModule):
             shape = getattr(module, "weight_shape", module.codes.shape)
             counted[weight_memory(module)] = math.prod(shape)
@@ -223,6 +227,9 @@ def _stored_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[t
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module or a state dict, found {type(model).__name__}")
     for module in model.modules():
+        if isinstance(module, PackedLayer):
+            yield from ((memory_key(tensor), tensor) for tensor in _plain_tensors(module))
+            continue
         for parameter in module.parameters(recurse=False):
             # The shape of a lazy parameter is not known before the first call.
             if not is_lazy(parameter):
@@ -233,6 +240,11 @@ def _stored_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[t
         for name, buffer in module.named_buffers(recurse=False):
             if not is_lazy(buffer) and not (quantized and name in module._non_persistent_buffers_set):
                 yield memory_key(buffer), buffer
+
+
+def _plain_tensors(layer: PackedLayer) -> list[Tensor]:
+    """Answer what a layer of a static graph stores, whatever layout its kernel has made of it."""
+    return list(layer.state_dict().values())
 
 
 def _pair(reference: Tensor, approximation: Tensor | QuantizedTensor) -> tuple[Tensor, Tensor]:
