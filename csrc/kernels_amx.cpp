@@ -26,6 +26,7 @@ constexpr bool kEvenTiles = false;
 }  // namespace
 
 #include "vnni_product.inl"
+#include "vnni_plain.inl"
 
 namespace {
 

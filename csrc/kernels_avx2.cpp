@@ -106,6 +106,50 @@ void pack_panel(const int8_t* weight, int64_t n, int64_t k, int64_t panel, int8_
   }
 }
 
+// Up to this many rows a row-major weight is read as it is: widened, multiplied, and summed for the zero points.
+constexpr int64_t kPlainRows = 4;
+
+inline int32_t add_lanes(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+template <int kRows>
+void plain_product(const int16_t* a, int64_t lda, const int8_t* weight, int64_t k, int32_t* tile, int32_t* column_sum) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i sum[kRows], total = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) sum[r] = _mm256_setzero_si256();
+  for (int64_t i = 0; i < k; i += 16) {
+    alignas(16) int8_t last[16] = {0};
+    const int8_t* from = weight + i;
+    if (k - i < 16) from = (const int8_t*)memcpy(last, from, (size_t)(k - i));
+    const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+    total = _mm256_add_epi32(total, _mm256_madd_epi16(w, ones));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m256i x = _mm256_loadu_si256((const __m256i*)(a + r * lda + i));
+      sum[r] = _mm256_add_epi32(sum[r], _mm256_madd_epi16(x, w));
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) tile[r * kTileCols] = add_lanes(sum[r]);
+  *column_sum = add_lanes(total);
+}
+
+void plain_tile(const int16_t* a, int64_t lda, int64_t rows, const int8_t* weight, int64_t k, int64_t columns,
+                int32_t* tile, int32_t* column_sum) {
+  for (int64_t c = 0; c < columns; ++c, weight += k) {
+    switch (rows) {
+      case 1: plain_product<1>(a, lda, weight, k, tile + c, column_sum + c); break;
+      case 2: plain_product<2>(a, lda, weight, k, tile + c, column_sum + c); break;
+      case 3: plain_product<3>(a, lda, weight, k, tile + c, column_sum + c); break;
+      default: plain_product<4>(a, lda, weight, k, tile + c, column_sum + c);
+    }
+  }
+}
+
 }  // namespace
 
 #include "linear.inl"

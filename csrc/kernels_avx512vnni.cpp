@@ -27,6 +27,7 @@ inline void end_product() {}
 }  // namespace
 
 #include "vnni_product.inl"
+#include "vnni_plain.inl"
 
 namespace {
 

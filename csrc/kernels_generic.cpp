@@ -64,6 +64,23 @@ void pack_panel(const int8_t* weight, int64_t n, int64_t k, int64_t panel, int8_
   }
 }
 
+// Up to this many rows a row-major weight is read as it is; beyond, packing a panel costs less.
+constexpr int64_t kPlainRows = 4;
+
+void plain_tile(const int16_t* a, int64_t lda, int64_t rows, const int8_t* weight, int64_t k, int64_t columns,
+                int32_t* tile, int32_t* column_sum) {
+  for (int64_t c = 0; c < columns; ++c, weight += k) {
+    int32_t total = 0;
+    for (int64_t i = 0; i < k; ++i) total += weight[i];
+    column_sum[c] = total;
+    for (int64_t r = 0; r < rows; ++r) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < k; ++i) sum += (int32_t)a[r * lda + i] * (int32_t)weight[i];
+      tile[r * kTileCols + c] = sum;
+    }
+  }
+}
+
 }  // namespace
 
 #include "linear.inl"

@@ -4,6 +4,7 @@
 //   kEvenTiles            whether rows are split into tiles of even height
 //   gemm_tile(...)        int32 products of a tile
 //   pack_panel(...)       one 16-column panel from a row-major weight, and its column sums
+//   kPlainRows            up to this many rows a row-major weight is met by plain_tile(...) without packing
 
 namespace {
 
@@ -210,7 +211,7 @@ void linear_block(const LinearArgs& p, int64_t row, int64_t rows, int64_t col_be
                   const Code* a, const uint8_t* codes, const float* scale, const int32_t* zero_point,
                   FinishTile finish) {
   const int64_t kp = padded_depth(p.k), panel_bytes = kp * mono_quant::kPanelColumns;
-  const bool deep = p.k > kExactDepth;
+  const bool deep = p.k > kExactDepth, direct = p.plain && !deep && rows <= kPlainRows;
   alignas(64) int32_t sums[kTileRows * kTileCols];
   ColumnStore store;
   for (int64_t col = col_begin; col < col_end; col += kTileCols) {
@@ -220,7 +221,7 @@ void linear_block(const LinearArgs& p, int64_t row, int64_t rows, int64_t col_be
     const Columns columns = columns_at(p, col, cols, &store);
     if (p.packed) {
       panels = p.packed + col / 16 * panel_bytes;
-    } else {
+    } else if (!direct) {
       for (int64_t i = 0; i < panel_count; ++i) {
         pack_panel(p.plain, p.n, p.k, col / 16 + i, s.panels + i * panel_bytes, store.sum + i * 16);
       }
@@ -235,7 +236,9 @@ void linear_block(const LinearArgs& p, int64_t row, int64_t rows, int64_t col_be
         const char* to = (const char*)p.out + ((row + r + j) * p.n + col) * element_size(p.dtype);
         for (int64_t b = 0; b < cols * element_size(p.dtype); b += 64) __builtin_prefetch(to + b, 1);
       }
-      if (deep) {
+      if (direct) {
+        plain_tile(a + r * kp, kp, count, p.plain + col * p.k, p.k, cols, sums, store.sum);
+      } else if (deep) {
         deep_tile(p, a + r * kp, kp, count, panels, panel_count, codes + r * kp, zero_point + r, columns, sums);
       } else {
         gemm_tile(a + r * kp, kp, count, panels, panel_bytes, panel_count, p.k, sums);

@@ -154,6 +154,18 @@ class TestEveryInstructionSet:
         assert same_bits(answer[0], wanted)
         assert same_bits(answer[1], wanted)
 
+    @pytest.mark.parametrize("in_features", [1, 15, 64, 100, 576])
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_the_plain_layout_gives_the_bits_of_the_tiles_for_any_number_of_rows(
+        self, in_features: int, symmetric: bool
+    ) -> None:
+        # Few rows meet the plain weight as it is, more rows meet tiles made for the call.
+        weight = LinearWeight.random(67, in_features, symmetric=symmetric)
+        x = torch.randn(40, in_features, generator=torch.Generator().manual_seed(1))
+        wanted = weight.linear_packed(x)
+        for count in range(1, 41):
+            assert same_bits(weight.linear(x[:count]), wanted[:count]), count
+
     def test_a_row_with_an_infinity_is_nan_and_harms_no_other(self) -> None:
         weight = LinearWeight.random(20, 70)
         x = torch.randn(9, 70)
