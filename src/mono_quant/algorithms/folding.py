@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.calibration.batches import Batch, tensors_in
-from mono_quant.calibration.runner import evaluating
+from mono_quant.calibration.runner import call_model, evaluating
 
 # Factors lie between a quarter and four times, evenly in the logarithm, in random order.
 _LARGEST_FACTOR: Final = 4.0
@@ -162,11 +162,11 @@ class _Probe:
             return keep
 
         with _input_hooks(self.linears, record):
-            self._outputs = [tensor.clone() for tensor in self._run()]
+            # Data that do not fit the model fail here, and are described.
+            self._outputs = [tensor.clone() for tensor in _floats(call_model(self.model, self.batch, 0))]
 
     def _run(self) -> list[Tensor]:
-        outputs = tensors_in(_plain(self.model(*self.batch.args, **self.batch.kwargs)))
-        return [tensor.detach() for tensor in outputs if tensor.is_floating_point()]
+        return _floats(self.model(*self.batch.args, **self.batch.kwargs))
 
     @property
     def unreached(self) -> list[str]:
@@ -308,6 +308,11 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     )
     size = expected.abs().reshape(-1, found.shape[-1] if found.dim() else 1).amax(dim=0)
     return bool((difference <= tolerance * (size + _ROUNDING_SHARE * size.max())).all())
+
+
+def _floats(answer: Any) -> list[Tensor]:
+    """Answer the floating-point tensors in what a model answered."""
+    return [tensor.detach() for tensor in tensors_in(_plain(answer)) if tensor.is_floating_point()]
 
 
 def _plain(value: Any) -> Any:

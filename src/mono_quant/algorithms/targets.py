@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mono_quant.core.layer_scheme import FLOAT16, WEIGHT_ONLY, LayerScheme
 from mono_quant.core.quantized_tensor import QuantizedTensor
-from mono_quant.errors import ConfigurationError, QuantizationError
+from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.modules import QuantizedModule, counterpart_for_scheme
 
 # Elements of the rows of a convolution that are unfolded at a time.
@@ -95,7 +95,7 @@ def second_moments(target: Target, inputs: list[Tensor]) -> Tensor:
     """Answer the mean of ``x x'`` over the rows ``x`` of a layer's inputs, float32 ``[in, in]``.
 
     Raises:
-        QuantizationError: The inputs are not those of the layer's matrix.
+        InputError: The inputs do not fit the layer's matrix.
     """
     width = target.matrix.shape[1]
     total = torch.zeros(width, width, device=target.weight.device)
@@ -103,7 +103,11 @@ def second_moments(target: Target, inputs: list[Tensor]) -> Tensor:
     for tensor in inputs:
         for rows in target.rows(tensor):
             if rows.shape[1] != width:
-                raise QuantizationError(f"its inputs have {rows.shape[1]} features, its weight {width}")
+                raise InputError(
+                    f"layer {target.name!r}: calibration leads to inputs of {rows.shape[1]} features, its weight has "
+                    f"{width}",
+                    suggestion="Check the shape of the calibration data: the model would fail on it.",
+                )
             total.addmm_(rows.t(), rows)
             count += len(rows)
     return total.div_(max(1, count))

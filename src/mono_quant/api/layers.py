@@ -14,7 +14,7 @@ from mono_quant.api.method import Request
 from mono_quant.api.options import Options
 from mono_quant.api.replace import Progress, Replacements, cast_rest, quantize_copy, quantize_inplace
 from mono_quant.api.result import QuantizationResult
-from mono_quant.api.selection import Selection, assign_schemes, select_layers
+from mono_quant.api.selection import Selection, assign_schemes, parted_weights, select_layers
 from mono_quant.api.state_dict import quantize_state_dict
 from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.quantization_info import QuantizationInfo
@@ -99,6 +99,7 @@ def _quantize_selection(
     if not order:
         raise QuantizationError(f"nothing to quantize: {_why_nothing(selection.skip_reasons)}")
     training = model.training
+    selection.warnings += parted_weights(model, selection)
     prepared = prepare(model, selection, plan, options.inplace, progress)
     if plan.steps:
         progress = None  # it was told of every layer

@@ -41,6 +41,11 @@ def shortened(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def layers_are(names: list[str]) -> str:
+    """Answer ``"1 layer is"`` or ``"5 layers are"``."""
+    return "1 layer is" if len(names) == 1 else f"{len(names)} layers are"
+
+
 def _ancestors(name: str) -> Iterator[str]:
     yield name
     name = name.rpartition(".")[0]

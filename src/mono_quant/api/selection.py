@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from mono_quant.api.bits import STAY_FLOAT
-from mono_quant.api.names import matches_name, require_matches, shortened
+from mono_quant.api.names import layers_are, matches_name, require_matches, shortened
 from mono_quant.api.options import Options, Selector
 from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
 from mono_quant.errors import ConfigurationError, QuantizationError
@@ -269,12 +269,28 @@ def _note_wider_layers(selection: Selection, options: Options) -> None:
     wider = [c.name for c in packed if c.scheme.kind != WEIGHT_ONLY]
     if wider:
         selection.warnings.append(
-            f"{len(wider)} layers are stored in 8 bits with one scale per channel, because only linear layers "
+            f"{layers_are(wider)} stored in 8 bits with one scale per channel, because only linear layers "
             f"that share no weight with another kind of layer can be packed in groups: {shortened(wider)}"
         )
     ungrouped = [c.name for c in packed if c.scheme.bits == 4 and c.scheme.group_size is None]
     if ungrouped:
         selection.warnings.append(
-            f"{len(ungrouped)} layers have one 4-bit scale per output channel, because none of 128, 64 and 32 "
-            f"divides their inputs: {shortened(ungrouped)}"
+            f"{layers_are(ungrouped)} stored with one 4-bit scale per output channel, because none of 128, 64 and 32 "
+            f"divides the inputs: {shortened(ungrouped)}"
         )
+
+
+def parted_weights(model: nn.Module, selection: Selection) -> list[str]:
+    """Say which layers of ``model`` share a weight and will be stored in different formats, one sentence for each."""
+    schemes = {candidate.name: str(candidate.scheme) for candidate in selection.chosen}
+    sharing: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and (name in schemes or name in selection.skip_reasons):
+            sharing.setdefault(id(weight), []).append(name)
+    return [
+        f"{' and '.join(map(repr, names))} share one weight, which is now stored once for each format: "
+        f"{', '.join(sorted({schemes.get(name, 'float') for name in names}))}"
+        for names in sharing.values()
+        if len({schemes.get(name) for name in names}) > 1
+    ]
