@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mono_quant.core.layer_scheme import WEIGHT_ONLY
+from mono_quant.core.layer_scheme import INT8_STATIC, WEIGHT_ONLY
 from mono_quant.io.contents import float_type_name
 from mono_quant.io.header import CheckpointHeader, LayerRecord
 from mono_quant.modules import QuantizedModule, WeightOnlyLinear, counterpart_for_scheme
@@ -54,7 +54,9 @@ def plan(architecture: nn.Module, header: CheckpointHeader | None) -> Blueprint:
     """Answer where the tensors of a checkpoint belong in ``architecture``, which is not modified."""
     blueprint = Blueprint()
     modules = dict(architecture.named_modules(remove_duplicate=False))
-    records = {} if header is None else header.layers
+    # Static layers stand in the architecture already, see mono_quant.io.static_model.
+    given = {} if header is None else header.layers
+    records = {name: record for name, record in given.items() if record.scheme.kind != INT8_STATIC}
     for name, record in records.items():
         problem = _place(blueprint, modules, name, record)
         if problem is not None:

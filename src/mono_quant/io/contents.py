@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mono_quant.core.layer_scheme import FLOAT16
+from mono_quant.core.layer_scheme import FLOAT16, INT8_STATIC
 from mono_quant.core.quantization_info import QuantizationInfo
 from mono_quant.errors import CheckpointError, ConfigurationError, InputError, InputTypeError
 from mono_quant.integrations import QuantizedConv1D
 from mono_quant.integrations.conv1d import CONV1D
 from mono_quant.io.header import MEASUREMENTS, CheckpointHeader, LayerRecord
+from mono_quant.io.static_model import static_records
+from mono_quant.io.static_record import StaticRecord
 from mono_quant.modules import QuantizedModule, fused_pairs, standard_modules
 
 Model = nn.Module | Mapping[str, Tensor]
@@ -49,9 +51,13 @@ def gather(
         CheckpointError: A tensor has no values, or is of a kind that files cannot hold.
     """
     model = uncompiled(model)
+    static: StaticRecord | None = None
     if isinstance(model, nn.Module):
         state: Mapping[str, Any] = model.state_dict(keep_vars=True)
-        layers, fused = _records_of_module(model), fused_pairs(model)
+        layers, static = static_records(model, info)
+        if static is None or not static.is_graph:
+            layers = layers | _records_of_module(model)
+        fused = fused_pairs(model)
     elif isinstance(model, Mapping):
         state = model
         layers, fused = _records_of_state(model, info), {}
@@ -59,7 +65,7 @@ def gather(
         raise InputTypeError(f"cannot save a {type(model).__name__}; expected a torch.nn.Module or a state dict")
     tensors, tied = _without_aliases(state)
     skipped = {} if info is None else {name: info.skip_reasons.get(name, "") for name in info.skipped_layers}
-    return Contents(tensors, CheckpointHeader(layers, skipped, tied, fused, _measurements(info, measurements)))
+    return Contents(tensors, CheckpointHeader(layers, skipped, tied, fused, _measurements(info, measurements), static))
 
 
 @overload
@@ -120,6 +126,12 @@ def _records_of_module(model: nn.Module) -> dict[str, LayerRecord]:
 def _records_of_state(state: Mapping[str, Any], info: QuantizationInfo | None) -> dict[str, LayerRecord]:
     records = {} if info is None else {name: LayerRecord(layer.scheme) for name, layer in info.layers.items()}
     for name, record in records.items():
+        if record.scheme.kind == INT8_STATIC:
+            raise InputError(
+                f"quantization_info names the static layer {name!r}, and a state dict does not say how static layers "
+                "are put together",
+                suggestion="Save the module instead of its state dict.",
+            )
         weights = [_join(name, "weight"), _join(name, "weight_packed")]
         if not any(weight in state for weight in weights):
             raise InputError(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mono_quant.core.layer_scheme import WEIGHT_ONLY
 from mono_quant.core.packing import pack_int32
 from mono_quant.core.quantization_info import QuantizationInfo
-from mono_quant.errors import CheckpointError
+from mono_quant.errors import CheckpointError, ConfigurationError
+from mono_quant.graph import is_static
 from mono_quant.integrations.transformers import is_transformers_model, model_config, quantization_config
 from mono_quant.io.atomic import PendingFile, write_error
 from mono_quant.io.checkpoint import DIRECTORY_FILE
@@ -55,6 +56,12 @@ def save_directory(
         CheckpointError: ``model`` is not a transformers model, or the directory cannot be written.
         ConfigurationError: A layer has no place in compressed-tensors' layout; named.
     """
+    if isinstance(model, nn.Module) and is_static(model):
+        raise ConfigurationError(
+            f"{directory} is a directory or has no suffix, and static layers have no place in the layout of "
+            "transformers directories",
+            suggestion="Name a file that ends in .safetensors.",
+        )
     if not isinstance(model, nn.Module) or not is_transformers_model(model):
         raise CheckpointError(
             f"{directory} is a directory or has no suffix, and only transformers models are saved to directories; "

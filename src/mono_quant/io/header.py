@@ -10,12 +10,15 @@ from typing import Any, Final
 import torch
 
 from mono_quant._version import __version__
-from mono_quant.core.layer_scheme import LayerScheme
+from mono_quant.core.layer_scheme import INT8_STATIC, LayerScheme
 from mono_quant.errors import CheckpointError, ConfigurationError
+from mono_quant.io.static_record import StaticRecord
 
 #: The key of the document in the metadata of a safetensors file, and its name on the dict in a ``.pt`` file.
 HEADER_KEY: Final = "mono_quant"
-FORMAT_VERSION: Final = 1
+#: The newest version, which static models have; all other files have version 1, which older libraries read too.
+FORMAT_VERSION: Final = 2
+_WITHOUT_STATIC: Final = 1
 MEASUREMENTS: Final = ("original_size_mb", "quantized_size_mb", "compression_ratio", "sqnr_db")
 
 _DTYPES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16,
@@ -49,7 +52,7 @@ class CheckpointHeader:
         fused: Activations that the linear layer before them computes: the activation's name to the layer's.
         measurements: Sizes in MiB, their ratio and the weights' error in decibels, as far as they were measured:
             ``original_size_mb``, ``quantized_size_mb``, ``compression_ratio``, ``sqnr_db``.
-        format_version: Version of the header's format.
+        static: A statically quantized model without its numbers; ``None`` for all others.
         library_version: Version of mono_quant that wrote the file.
     """
 
@@ -58,8 +61,13 @@ class CheckpointHeader:
     tied: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, str] = field(default_factory=dict)
     measurements: Mapping[str, float] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    static: StaticRecord | None = None
     library_version: str = __version__
+
+    @property
+    def format_version(self) -> int:
+        """Version of the header's format."""
+        return _WITHOUT_STATIC if self.static is None else FORMAT_VERSION
 
     def to_json(self) -> str:
         """Answer the header as the document that :func:`parse_header` reads."""
@@ -73,6 +81,8 @@ class CheckpointHeader:
             "fused": dict(self.fused),
             "measurements": dict(self.measurements),
         }
+        if self.static is not None:
+            document["static"] = self.static.to_dict()
         return json.dumps(document, separators=(",", ":"), allow_nan=False)
 
 
@@ -89,31 +99,38 @@ def parse_header(text: str, path: object) -> CheckpointHeader:
     """
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the {HEADER_KEY} header is not JSON ({error})") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: the {HEADER_KEY} header holds {_kind(document)}, expected an object")
     _require_version(document.get("format_version"), path)
     reader = _Reader(path)
-    reader.require_fields("the header", document, {f.name for f in fields(CheckpointHeader)})
+    is_static = document["format_version"] != _WITHOUT_STATIC
+    known = {field.name for field in fields(CheckpointHeader)} | {"format_version"}
+    reader.require_fields("the header", document, known if is_static else known - {"static"})
     layers = reader.mapping(document, "layers", dict)
-    return CheckpointHeader(
+    header = CheckpointHeader(
         layers={name: _record_from_dict(reader, name, values) for name, values in layers.items()},
         skipped=reader.mapping(document, "skipped", str),
         tied=reader.mapping(document, "tied", str),
         fused=reader.mapping(document, "fused", str),
         measurements=_measurements(reader, document),
-        format_version=document["format_version"],
+        static=_static(reader, document) if is_static else None,
         library_version=reader.value(document, "library_version", str),
     )
+    static_layers = [name for name, record in header.layers.items() if record.scheme.kind == INT8_STATIC]
+    if static_layers and header.static is None:
+        raise reader.fail(f"layer {static_layers[0]!r} of the header is static, and the header does not describe how")
+    return header
 
 
 def _require_version(found: object, path: object) -> None:
-    if type(found) is int and found == FORMAT_VERSION:
+    if type(found) is int and _WITHOUT_STATIC <= found <= FORMAT_VERSION:
         return
     newer = type(found) is int and found > FORMAT_VERSION
     raise CheckpointError(
-        f"{path} has format_version {found!r}; mono_quant {__version__} reads version {FORMAT_VERSION}",
+        f"{path} has format_version {found!r}; mono_quant {__version__} reads versions {_WITHOUT_STATIC} to "
+        f"{FORMAT_VERSION}",
         suggestion="Install a newer mono-quant." if newer else "Save the model again with this version.",
     )
 
@@ -175,6 +192,13 @@ def _scheme(reader: _Reader, where: str, values: object) -> LayerScheme:
     if type(scheme.bits) is not int:
         raise reader.fail(f"{where}: bits={scheme.bits!r} is not an integer")
     return scheme
+
+
+def _static(reader: _Reader, document: Mapping[str, Any]) -> StaticRecord:
+    try:
+        return StaticRecord.from_dict(reader.value(document, "static", dict))
+    except ConfigurationError as error:
+        raise reader.fail(f"static of the header is damaged: {error.message}") from error
 
 
 def _measurements(reader: _Reader, document: Mapping[str, Any]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from mono_quant.integrations.transformers import empty_transformers, is_transfor
 from mono_quant.io.assemble import Tolerance, assemble
 from mono_quant.io.checkpoint import SAFETENSORS, TORCH, Checkpoint, checkpoint_path, find_header, open_checkpoint
 from mono_quant.io.contents import uncompiled
+from mono_quant.io.static_model import load_graph, with_static_layers
 
 
 def load_model(
@@ -29,8 +30,9 @@ def load_model(
         path: A ``.safetensors``, ``.pt`` or ``.pth`` file, or a transformers directory, with a quantized model that
             :func:`mono_quant.save_model` wrote or with a float one.
         model: The architecture: a float module (also compiled, or on the ``meta`` device), which stays as it is, or a
-            transformers directory, of which only ``config.json`` is read. A directory as ``path`` has its own. (A
-            ``torch.device`` stands for ``device``, as in mono-quant 1.1.)
+            transformers directory, of which only ``config.json`` is read. A directory as ``path`` has its own. A
+            static graph needs none; one that is given must be that which was quantized. (A ``torch.device`` stands
+            for ``device``, as in mono-quant 1.1.)
         allow_pickle: Let a ``.pt`` file run the code that it contains. Only for files whose source you trust.
         strict: Refuse tensors that are missing or left over. Otherwise the architecture keeps its own and one
             warning lists them; wrong shapes and dtypes are always refused.
@@ -39,8 +41,9 @@ def load_model(
     Returns:
         With an architecture a new module of that structure and mode (training or evaluation; transformers
         directories: evaluation). Precision is the file's: a model that was quantized with ``compute_dtype`` comes
-        back in it. Without one the tensors by name, tied ones under all their names. A ``.pt`` file that holds the
-        state dict under ``state_dict``, ``model_state_dict`` or ``model`` is read as that.
+        back in it. A static graph is answered as a module, with or without. Otherwise the tensors by name, tied ones
+        under all their names. A ``.pt`` file that holds the state dict under ``state_dict``, ``model_state_dict`` or
+        ``model`` is read as that.
 
     Raises:
         CheckpointError: The file cannot be read, is not a checkpoint, is of an unknown version, or does not fit the
@@ -58,9 +61,14 @@ def load_model(
             return loaded if target is None else loaded.to(target)
         model = source
     with open_checkpoint(source, allow_pickle) as checkpoint:
+        static = None if checkpoint.header is None else checkpoint.header.static
+        if static is not None and static.is_graph:
+            return load_graph(checkpoint, None if model is None else _architecture(model), strict, target)
         if model is None:
             return _plain(checkpoint, target)
         architecture = _architecture(model)
+        if static is not None:
+            architecture = with_static_layers(checkpoint, architecture)
         # A configuration says nothing of what was cast after loading: the file decides.
         tolerance = Tolerance(names=not strict, float_dtypes=not isinstance(model, nn.Module))
         return assemble(checkpoint, architecture, tolerance, target)

@@ -32,6 +32,8 @@ def save_model(
 ) -> None:
     """Save a model, quantized or not, as plain tensors with a header that says how to load it.
 
+    The header of a static graph describes the whole graph, so that it can be loaded without its architecture.
+
     The file appears as a whole: a full disk or a killed process leaves an older file of that name as it was. Tensors
     that share their memory are stored once. Buffers that are not persistent are not saved.
 
@@ -47,7 +49,7 @@ def save_model(
             those of ``quantization_info``.
         sqnr_db: The same, in decibels.
         convert_to_native: Save dequantized float weights under the names of standard layers, which any program can
-            load without this library. (mono-quant 1.1 does so unless told otherwise.)
+            load without this library. (mono-quant 1.1 does so unless told otherwise.) Static graphs have none.
 
     Raises:
         CheckpointError: The suffix is unknown, the file cannot be written, or a tensor has no values.

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mono_quant.errors import CheckpointError, InputError
+from mono_quant.graph import is_static
 from mono_quant.integrations.transformers import is_transformers_directory, load_transformers
 from mono_quant.io.checkpoint import Checkpoint, checkpoint_path, open_checkpoint
 from mono_quant.io.torch_file import TorchFile
@@ -39,7 +40,7 @@ def load_source(path: str | Path | os.PathLike[str], *, allow_pickle: bool = Fal
         _require_float(checkpoint)
         if isinstance(checkpoint.file, TorchFile) and checkpoint.file.module is not None:
             module = checkpoint.file.module
-            if any(isinstance(part, QuantizedModule) for part in module.modules()):
+            if is_static(module) or any(isinstance(part, QuantizedModule) for part in module.modules()):
                 raise InputError(f"{source} holds a model that is quantized already")
             return module
         stored = {name: checkpoint.read(name) for name in checkpoint.file.names - checkpoint.tied.keys()}
