@@ -9,6 +9,7 @@ Example:
 from mono_quant._version import __version__
 from mono_quant.api import (
     BackendError,
+    BudgetError,
     CheckpointError,
     ConfigurationError,
     InputError,
@@ -21,6 +22,7 @@ from mono_quant.api import (
     dynamic_quantize,
     quantize,
     revert_to_standard_modules,
+    sensitivity,
     static_quantize,
 )
 from mono_quant.config import QuantizationConfig
@@ -28,10 +30,18 @@ from mono_quant.core import LayerInfo, LayerScheme, QuantizationInfo, QuantizedT
 from mono_quant.io import load_model, save_model
 from mono_quant.modules import fuse_pair
 from mono_quant.ops import SystemConfig, show_config, system_config
-from mono_quant.report import ValidationResult, check_accuracy_warnings, validate_quantization
+from mono_quant.report import (
+    SearchPoint,
+    SearchReport,
+    SensitivityReport,
+    ValidationResult,
+    check_accuracy_warnings,
+    validate_quantization,
+)
 
 __all__ = [
     "BackendError",
+    "BudgetError",
     "CheckpointError",
     "ConfigurationError",
     "InputError",
@@ -44,6 +54,9 @@ __all__ = [
     "QuantizationInfo",
     "QuantizationResult",
     "QuantizedTensor",
+    "SearchPoint",
+    "SearchReport",
+    "SensitivityReport",
     "SystemConfig",
     "ValidationError",
     "ValidationResult",
@@ -56,6 +69,7 @@ __all__ = [
     "quantize",
     "revert_to_standard_modules",
     "save_model",
+    "sensitivity",
     "show_config",
     "static_quantize",
     "system_config",

@@ -7,6 +7,8 @@ so that existing ``except ValueError`` clauses keep working.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MonoQuantError(Exception):
     """Base of every error that the library raises on purpose.
@@ -42,6 +44,16 @@ class QuantizationError(MonoQuantError, RuntimeError):
     """A layer could not be quantized, for example because its weight is not finite."""
 
 
+class BudgetError(QuantizationError):
+    """A search found no quantization that keeps to its budget.
+
+    Attributes:
+        search: What it measured (:class:`mono_quant.SearchReport`), or ``None`` if there was nothing to measure.
+    """
+
+    search: Any = None
+
+
 class ValidationError(MonoQuantError, ValueError):
     """A quantized model failed a check that the caller asked to be enforced."""
 
@@ -56,6 +68,7 @@ class BackendError(MonoQuantError, RuntimeError):
 
 __all__ = [
     "BackendError",
+    "BudgetError",
     "CheckpointError",
     "ConfigurationError",
     "InputError",

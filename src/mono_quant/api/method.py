@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Final
 from torch import nn
 
 from mono_quant.algorithms import AlgorithmOptions, needs_data, parse_algorithm
-from mono_quant.errors import ConfigurationError, InputError
+from mono_quant.errors import ConfigurationError, InputError, InputTypeError
 
 #: Layer by layer: inputs of int8 layers are quantized as they come.
 LAYERS: Final = "layers"
@@ -21,6 +22,10 @@ SEARCH: Final = "search"
 
 #: What packed weights get where there are calibration data and nothing else is asked for.
 DEFAULT_WITH_DATA: Final = ("gptq",)
+
+#: What a search makes small: the bytes of the model, or the time of its layers.
+BYTES: Final = "bytes"
+LATENCY: Final = "latency"
 
 #: Measures a model; higher is better.
 EvalFn = Callable[[nn.Module], float]
@@ -75,6 +80,8 @@ class Budget:
         max_drop: How far the measure may fall below that of the float model.
         min_sqnr_db: The least signal-to-noise ratio of the model's answers on the calibration data, in decibels.
         max_bytes: The most bytes of parameters and buffers.
+        objective: What is made small, ``"bytes"`` or ``"latency"``.
+        formats: What may be chosen for a layer.
         seed: Fixes every random choice.
         resume: A file in which the search keeps what it has measured, and from which it goes on.
     """
@@ -83,8 +90,54 @@ class Budget:
     max_drop: float | None = None
     min_sqnr_db: float | None = None
     max_bytes: int | None = None
+    objective: str | None = None
+    formats: Sequence[str] | str | None = None
     seed: int | None = None
     resume: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        _require_number("max_drop", self.max_drop, least=0.0)
+        _require_number("min_sqnr_db", self.min_sqnr_db)
+        for name, least in (("max_bytes", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not least <= value < 2**63):
+                raise ConfigurationError(f"{name}={value!r} is not an integer of at least {least}")
+        if self.objective not in (None, BYTES, LATENCY):
+            raise ConfigurationError(f"objective={self.objective!r} is not one of {BYTES}, {LATENCY}")
+        if self.eval_fn is not None and not callable(self.eval_fn):
+            raise InputTypeError(
+                f"eval_fn is a {type(self.eval_fn).__name__}; expected a function from a model to a number"
+            )
+        if self.resume is not None and not isinstance(self.resume, str | Path):
+            raise InputTypeError(f"resume is a {type(self.resume).__name__}; expected the path of a file")
+
+    def require_complete(self) -> None:
+        """Refuse a target without its measure, and a measure without its target.
+
+        Raises:
+            ConfigurationError: As it says.
+        """
+        if self.max_drop is not None and self.eval_fn is None:
+            raise ConfigurationError(
+                "max_drop is the drop of what eval_fn measures, and there is no eval_fn",
+                suggestion="Pass eval_fn=, a function that takes the model and answers a number, higher for better; or "
+                "use min_sqnr_db=.",
+            )
+        if self.eval_fn is not None and self.max_drop is None and self.max_bytes is None:
+            raise ConfigurationError(
+                "eval_fn was given, and nothing asks what it measures",
+                suggestion="Pass max_drop=, how far the measure may fall below the float model's.",
+            )
+        if self.max_bytes is not None and self.objective == LATENCY:
+            raise ConfigurationError(
+                'objective="latency" and max_bytes contradict each other: the fastest formats are not the smallest',
+                suggestion="Leave objective out.",
+            )
+
+    @property
+    def chosen_objective(self) -> str:
+        """What is made small where the call leaves it open: bytes where it limits them, else time."""
+        return self.objective or (LATENCY if self.max_bytes is None else BYTES)
 
     @property
     def wanted(self) -> bool:
@@ -146,6 +199,7 @@ def choose_method(request: Request) -> str:
 def _method(request: Request) -> str:
     has_data = request.calibration.data is not None
     if request.budget.wanted:
+        request.budget.require_complete()
         return SEARCH
     if request.algorithm is not None:
         _require_fit(request, has_data)
@@ -199,6 +253,14 @@ def _require_fit(request: Request, has_data: bool) -> None:
             f"algorithm={'+'.join(steps)!r} uses no data, and calibration_data was given",
             suggestion='Leave it out, or use an algorithm that uses it, for example "gptq".',
         )
+
+
+def _require_number(name: str, value: object, least: float = -math.inf) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+        expected = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
+        raise ConfigurationError(f"{name}={value!r} is not {expected}")
 
 
 def _names(given: Mapping[str, Any]) -> str:

@@ -59,6 +59,8 @@ def quantize(
     max_drop: float | None = None,
     min_sqnr_db: float | None = None,
     max_bytes: int | None = None,
+    objective: str | None = None,
+    formats: Sequence[str] | str | None = None,
     seed: int | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
@@ -162,7 +164,7 @@ def quantize(
         algorithm=algorithm, algorithm_options=algorithm_options,
         calibration=Calibration(calibration_data, num_calibration_samples),
         static=StaticChoices(observer, equalize, correct_bias),
-        budget=Budget(eval_fn, max_drop, min_sqnr_db, max_bytes, seed, resume),
+        budget=Budget(eval_fn, max_drop, min_sqnr_db, max_bytes, objective, formats, seed, resume),
     )  # fmt: skip
     method = choose_method(request)
     source = load_source(model) if isinstance(model, str | Path) else model

@@ -114,7 +114,7 @@ def quantize_inplace(
     Returns:
         ``model``, or the new layer if ``model`` is itself the layer.
     """
-    places = _places(model)
+    places = places_of(model)
     result = model
     queue = _smallest_first(chosen)
     total = len(queue)
@@ -131,7 +131,7 @@ def quantize_inplace(
     return result
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
+def places_of(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
     """Answer by ``id`` where each module is held: as a child, or in a list or dict that is a module's attribute."""
     places: dict[int, list[tuple[Any, Any]]] = {}
     for parent in model.modules():

@@ -13,6 +13,7 @@ from mono_quant.core.quantization_info import QuantizationInfo
 from mono_quant.errors import InputError
 from mono_quant.io import save_model
 from mono_quant.report import ValidationResult, validate_quantization
+from mono_quant.report.search import SearchReport
 
 
 @dataclass
@@ -23,11 +24,13 @@ class QuantizationResult:
         model: The quantized module; a dict of tensors where a state dict was quantized.
         info: Which layers were quantized and skipped, and why; sizes, error and time.
         warnings: What the caller should know, one sentence each.
+        search: What a search under a budget saw and chose; ``None`` without one.
     """
 
     model: Any
     info: QuantizationInfo
     warnings: list[str] = field(default_factory=list)
+    search: SearchReport | None = None
 
     @property
     def success(self) -> bool:

@@ -14,16 +14,31 @@ from mono_quant.report.metrics import (
     sqnr_db,
 )
 from mono_quant.report.outputs import Inputs, OutputError, compare_outputs, named_tensors
+from mono_quant.report.search import SearchPoint, SearchReport
+from mono_quant.report.sensitivity import (
+    FormatEffect,
+    LayerSensitivity,
+    SensitivityReport,
+    TensorError,
+    UniformEffect,
+)
 from mono_quant.report.validation import ValidationResult, check_accuracy_warnings, validate_quantization
 from mono_quant.report.weights import quantized_layers, stored_weight
 
 __all__ = [
     "Comparison",
     "FileSummary",
+    "FormatEffect",
     "Inputs",
     "Latency",
     "LayerError",
+    "LayerSensitivity",
     "OutputError",
+    "SearchPoint",
+    "SearchReport",
+    "SensitivityReport",
+    "TensorError",
+    "UniformEffect",
     "ValidationResult",
     "calculate_model_size",
     "calculate_sqnr",
