@@ -79,6 +79,7 @@ def units() -> list[tuple[str, list[str]]]:
     if platform.machine() in ("x86_64", "AMD64"):
         found += [
             ("kernels_avx2.cpp", KERNEL + AVX2),
+            ("kernels_avxvnni.cpp", KERNEL + AVX2),
             ("kernels_avx512vnni.cpp", KERNEL + AVX512VNNI),
             ("kernels_amx.cpp", KERNEL + AMX),
         ]

@@ -1,5 +1,5 @@
-// Weights of 4, 8 or 16 bits to float32 lanes: the scratch memory, the next value of a dword, a panel of columns, and the
-// groups' scales and zero points. float_linear.inl says what for.
+// Weights of 4, 8 or 16 bits to float32 lanes: the scratch memory, the next value of a dword, a panel of columns, and
+// the groups' scales and zero points. float_linear.inl says what for.
 
 namespace {
 

@@ -1,9 +1,10 @@
 // Linear layers whose activations stay float: weights in 4 or 8 bits with group scales, or in float16.
 //
-// A block of 128 inputs x two vectors of columns is decoded to float32 in the first-level cache, then met by all rows of
-// the block: never a float copy of more. Few rows are bound by decoding (a shift, a permutation and a multiply-add for 16
-// int4 values), many rows by float32 multiply-adds. Measured on one Zen 4 core with AVX-512 against torch's float32: one
-// row of 4096x4096 2.9 (int4), 2.2 (int8) and 1.6 (float16) times as fast; 128 rows of 768x3072 1.5 to 1.6 times.
+// A block of 128 inputs x two vectors of columns is decoded to float32 in the first-level cache, then met by all rows
+// of the block: never a float copy of more. Few rows are bound by decoding (a shift, a permutation and a multiply-add
+// for 16 int4 values), many rows by float32 multiply-adds. Measured on one Zen 4 core with AVX-512 against torch's
+// float32: one row of 4096x4096 2.9 (int4), 2.2 (int8) and 1.6 (float16) times as fast; 128 rows of 768x3072 1.5 to 1.6
+// times.
 //
 // Sums run over chains of at most 32 inputs that end where a group ends: part = sum x * code, total += part * scale.
 // The order does not depend on the number of rows, so a row's result does not either. The unit that includes this file
@@ -151,8 +152,10 @@ void float_linear_bits(const FloatLinearArgs& p, int64_t row_begin, int64_t row_
 
 void float_linear(const FloatLinearArgs& p, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
                   void* scratch) {
-  if (p.dtype == mono_quant::kFloat32) float_linear_bits<mono_quant::kFloat32>(p, row_begin, row_end, col_begin, col_end, scratch);
-  else if (p.dtype == mono_quant::kBFloat16) float_linear_bits<mono_quant::kBFloat16>(p, row_begin, row_end, col_begin, col_end, scratch);
+  if (p.dtype == mono_quant::kFloat32)
+    float_linear_bits<mono_quant::kFloat32>(p, row_begin, row_end, col_begin, col_end, scratch);
+  else if (p.dtype == mono_quant::kBFloat16)
+    float_linear_bits<mono_quant::kBFloat16>(p, row_begin, row_end, col_begin, col_end, scratch);
   else float_linear_bits<mono_quant::kFloat16>(p, row_begin, row_end, col_begin, col_end, scratch);
 }
 

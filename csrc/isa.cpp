@@ -42,6 +42,8 @@ bool has_avx2() {
   return fma && f16c && avx && avx2 && (saved_state() & 0x6) == 0x6;
 }
 
+bool has_avxvnni() { return has_avx2() && (cpuid(7, 1).a >> 4 & 1); }
+
 bool has_avx512vnni() {
   const Registers seven = cpuid(7, 0);
   const bool f = seven.b >> 16 & 1, dq = seven.b >> 17 & 1, bw = seven.b >> 30 & 1, vl = seven.b >> 31 & 1;
@@ -64,7 +66,7 @@ bool has_amx() {
 #endif
 
 struct Available {
-  const KernelTable* tables[4];
+  const KernelTable* tables[5];
   int count = 0;
   char names[64];
 
@@ -72,6 +74,7 @@ struct Available {
 #if defined(__x86_64__)
     if (has_amx()) tables[count++] = &kAmxKernels;
     if (has_avx512vnni()) tables[count++] = &kAvx512VnniKernels;
+    if (has_avxvnni()) tables[count++] = &kAvxVnniKernels;
     if (has_avx2()) tables[count++] = &kAvx2Kernels;
 #endif
     tables[count++] = &kGenericKernels;

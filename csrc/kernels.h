@@ -94,6 +94,7 @@ struct KernelTable {
 // One per unit; null when the unit was not built for this architecture.
 extern const KernelTable kGenericKernels;
 extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvxVnniKernels;
 extern const KernelTable kAvx512VnniKernels;
 extern const KernelTable kAmxKernels;
 // Only in the tests: the AMX unit built with emulated tiles.

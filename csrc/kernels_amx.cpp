@@ -22,6 +22,7 @@ constexpr int64_t kVnniRows = 4;
 constexpr int64_t kTileCols = 64;
 // Tiles come in sixteen rows: two even halves of 48 rows would each fill two.
 constexpr bool kEvenTiles = false;
+constexpr bool kWidePanels = false;
 
 }  // namespace
 
@@ -33,7 +34,8 @@ namespace {
 inline void begin_product() { TILE_CONFIGURE(); }
 inline void end_product() { TILE_RELEASE(); }
 
-// Up to 32 rows x 32 columns. Rows past `rows` are read (the code rows are padded to full tiles) and their sums dropped.
+// Up to 32 rows x 32 columns. Rows past `rows` are read (the code rows are padded to full tiles) and their sums
+// dropped.
 inline void product_2x2(const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel_bytes, int64_t blocks,
                         int32_t* tile) {
   const uint8_t* a1 = a + 16 * lda;
@@ -98,7 +100,7 @@ inline void product_1x1(const uint8_t* a, int64_t lda, const int8_t* b, int64_t 
 }
 
 void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t panel_bytes, int64_t panels,
-               int64_t depth, int32_t* tile) {
+               int64_t depth, int32_t* tile, const int16_t* = nullptr) {
   if (rows <= kVnniRows) return vnni_tile(a, lda, rows, b, panel_bytes, panels, depth, tile);
   const int64_t blocks = (depth + 63) / 64;
   for (int64_t p = 0; p < panels; p += 2) {

@@ -1,7 +1,7 @@
 // Portable kernels: no instruction beyond the compiler's baseline (SSE2 on x86-64).
 //
-// Bound of the linear: the rate of 16-bit multiply-adds, which the compiler finds in the dot products below. Measured as
-// in kernels_avx512vnni.cpp, on SSE2 against float32 in AVX-512: 0.3 to 0.4 of its speed. It saves memory, not time.
+// Bound of the linear: the rate of 16-bit multiply-adds, which the compiler finds in the dot products below. Measured
+// as in kernels_avx512vnni.cpp, on SSE2 against float32 in AVX-512: 0.3 to 0.4 of its speed. It saves memory, not time.
 #include "kernels.h"
 #include "vec_generic.h"
 #include "rows.inl"
@@ -17,6 +17,7 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileCols = 16;
 constexpr int64_t kFloatRows = 3;
 constexpr bool kEvenTiles = true;
+constexpr bool kWidePanels = false;
 constexpr int64_t kDepthBlock = 256;
 
 inline void begin_product() {}
@@ -24,7 +25,7 @@ inline void end_product() {}
 
 // A block of the panel is widened to rows of int16 once and met by all rows of the tile.
 void gemm_tile(const int16_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t, int64_t, int64_t depth,
-               int32_t* tile) {
+               int32_t* tile, const int16_t* = nullptr) {
   int16_t wide[16][kDepthBlock];
   for (int64_t i = 0; i < rows * kTileCols; ++i) tile[i] = 0;
   for (int64_t k0 = 0; k0 < depth; k0 += kDepthBlock) {

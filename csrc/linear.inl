@@ -2,6 +2,7 @@
 //   Code                  element of the code rows its product reads (uint8_t, or int16_t without a u8 x s8 product)
 //   kTileRows, kTileCols  the largest tile of gemm_tile; kTileCols is 16 or 64
 //   kEvenTiles            whether rows are split into tiles of even height
+//   kWidePanels           whether products of several tiles read panels that were widened to 16 bits before
 //   gemm_tile(...)        int32 products of a tile
 //   pack_panel(...)       one 16-column panel from a row-major weight, and its column sums
 //   kPlainRows            up to this many rows a row-major weight is met by plain_tile(...) without packing
@@ -124,6 +125,7 @@ struct Scratch {
   int32_t* zero_point;
   int32_t* sum;
   int8_t* panels;
+  int16_t* wide_panels;
   int64_t bytes;
 };
 
@@ -137,6 +139,7 @@ inline Scratch carve(const LinearArgs& p, int64_t rows, char* base) {
   s.zero_point = (int32_t*)piece(base, &at, count * 4);
   s.sum = (int32_t*)piece(base, &at, count * 4);
   s.panels = (int8_t*)piece(base, &at, p.plain ? kTileCols * kp : 0);
+  s.wide_panels = (int16_t*)piece(base, &at, kWidePanels ? kTileCols * kp * 2 : 0);
   s.bytes = at;
   return s;
 }
@@ -226,6 +229,10 @@ void linear_block(const LinearArgs& p, int64_t row, int64_t rows, int64_t col_be
         pack_panel(p.plain, p.n, p.k, col / 16 + i, s.panels + i * panel_bytes, store.sum + i * 16);
       }
     }
+    const bool wide = kWidePanels && rows > 2 * kTileRows && !direct && !deep;
+    if (wide) {
+      for (int64_t i = 0; i < panel_count * panel_bytes; ++i) s.wide_panels[i] = panels[i];
+    }
     // Even tiles: 8 rows as 4 + 4 keep more of the product units busy than 6 + 2.
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     for (int64_t i = 0, r = 0; i < tiles; ++i) {
@@ -241,7 +248,7 @@ void linear_block(const LinearArgs& p, int64_t row, int64_t rows, int64_t col_be
       } else if (deep) {
         deep_tile(p, a + r * kp, kp, count, panels, panel_count, codes + r * kp, zero_point + r, columns, sums);
       } else {
-        gemm_tile(a + r * kp, kp, count, panels, panel_bytes, panel_count, p.k, sums);
+        gemm_tile(a + r * kp, kp, count, panels, panel_bytes, panel_count, p.k, sums, wide ? s.wide_panels : nullptr);
       }
       Tile t;
       t.sums = sums;

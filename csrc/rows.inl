@@ -134,8 +134,10 @@ void embedding_rows(const int64_t* index, int64_t count, const int8_t* weight, i
 
 void embedding(const int64_t* index, int64_t count, const int8_t* weight, int64_t dim, const float* scale,
                const int8_t* zero_point, mono_quant::DType dtype, void* out) {
-  if (dtype == mono_quant::kFloat32) embedding_rows<mono_quant::kFloat32>(index, count, weight, dim, scale, zero_point, out);
-  else if (dtype == mono_quant::kBFloat16) embedding_rows<mono_quant::kBFloat16>(index, count, weight, dim, scale, zero_point, out);
+  if (dtype == mono_quant::kFloat32)
+    embedding_rows<mono_quant::kFloat32>(index, count, weight, dim, scale, zero_point, out);
+  else if (dtype == mono_quant::kBFloat16)
+    embedding_rows<mono_quant::kBFloat16>(index, count, weight, dim, scale, zero_point, out);
   else embedding_rows<mono_quant::kFloat16>(index, count, weight, dim, scale, zero_point, out);
 }
 

@@ -1,5 +1,6 @@
-// Products of few u8 code rows with the rows of a row-major s8 weight, for weights that are not packed (tied weights, and
-// compiled programs that never saw the tiles): packing such a weight at each call would cost several times the product.
+// Products of few u8 code rows with the rows of a row-major s8 weight, for weights that are not packed (tied weights,
+// and compiled programs that never saw the tiles): packing such a weight at each call would cost several times the
+// product.
 //
 // Bound: the reading of the weight. Each vector of it feeds one product for every code row and one for the column sums.
 

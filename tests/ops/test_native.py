@@ -223,7 +223,8 @@ class TestObjectCode:
     # What is in no kernel unit runs before an instruction set is chosen.
     WIDER = {  # noqa: RUF012
         "kernels_generic.cpp": ("%ymm", "%zmm"),
-        "kernels_avx2.cpp": ("%zmm", "%k1", "%xmm16", "%ymm16", "%ymm31"),
+        "kernels_avx2.cpp": ("%zmm", "%k1", "%xmm16", "%ymm16", "%ymm31", "vpdp"),
+        "kernels_avxvnni.cpp": ("%zmm", "%k1", "%xmm16", "%ymm16", "%ymm31"),
         **{path.name: ("%ymm", "%zmm") for path in CSRC.glob("ops_*.cpp")},
         "isa.cpp": ("%ymm", "%zmm"),
     }
@@ -258,3 +259,4 @@ class TestObjectCode:
         # The check sees what it looks for where it belongs.
         assert any("%zmm" in block for block in code["kernels_avx512vnni.cpp"])
         assert any("%ymm" in block for block in code["kernels_avx2.cpp"])
+        assert any("{vex} vpdpbusd" in block for block in code["kernels_avxvnni.cpp"])
