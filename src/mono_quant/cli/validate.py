@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import click
 
 from mono_quant.cli.models import choose_inputs, existing_path, is_factory, load_pair
@@ -65,6 +67,9 @@ def validate(
         ctx.exit(4)
 
 
+_ANSWERS: Final = {True: "yes", False: "no", None: "not checked"}
+
+
 def _require_no_inputs(inputs_argument: str | None, architecture: str | None) -> None:
     if inputs_argument is not None or architecture is not None:
         raise click.UsageError("--inputs and --architecture need the original: give ORIGINAL QUANTIZED")
@@ -72,8 +77,8 @@ def _require_no_inputs(inputs_argument: str | None, architecture: str | None) ->
 
 def _print(output: Output, title: str, result: ValidationResult, failed: bool) -> None:
     facts = [("result", "failed" if failed else "passed")]
-    facts.append(("weights in range", "yes" if result.weight_range_valid else "no"))
-    facts.append(("same after saving and loading", "yes" if result.load_test_passed else "no"))
+    facts.append(("weights in range", _ANSWERS[result.weight_range_valid]))
+    facts.append(("same after saving and loading", _ANSWERS[result.load_test_passed]))
     if result.original_size_mb is not None and result.quantized_size_mb is not None:
         before, after = (size_text(round(size * 2**20)) for size in (result.original_size_mb, result.quantized_size_mb))
         facts.append(("size", f"{before} -> {after} (ratio {1 / (result.compression_ratio or 1):.3f})"))

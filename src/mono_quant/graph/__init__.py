@@ -4,9 +4,9 @@ from mono_quant.core import Cut
 from mono_quant.graph.contents import (
     StaticRange,
     StaticWeight,
+    described_ranges,
     described_tensors,
     is_static,
-    static_ranges,
     static_weights,
 )
 from mono_quant.graph.layerwise import StaticLayer
@@ -24,6 +24,7 @@ __all__ = [
     "StaticReport",
     "StaticWeight",
     "describe_static",
+    "described_ranges",
     "described_tensors",
     "is_static",
     "quantize_static",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +12,6 @@ from mono_quant.core import LayerScheme, QuantizedTensor
 from mono_quant.core.layer_scheme import INT8_STATIC
 from mono_quant.errors import CheckpointError
 from mono_quant.graph.arithmetic import LARGEST_CODE
-from mono_quant.graph.layers.layer import Layer
 from mono_quant.graph.layers.linear import DynamicLinear
 from mono_quant.graph.layers.packed import PackedLayer
 from mono_quant.graph.layerwise import StaticLayer
@@ -81,47 +80,54 @@ def described_tensors(description: Mapping[str, Any]) -> dict[str, tuple[str, li
     try:
         return {
             f"{prefix}{name}": (str(dtype), [int(size) for size in shape])
-            for prefix, layer in _described_layers(description)
+            for _, prefix, layer in _described_layers(description)
             for name, (dtype, shape) in layer["tensors"].items()
         }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the description of a static model is damaged: {error!r}") from error
 
 
-def _described_layers(description: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if description["kind"] == "graph":
-        for index, step in enumerate(description["graph"]["steps"]):
-            yield f"layers.{index}.", step["layer"]
-    else:
-        for name, described in description["layers"].items():
-            yield f"{name}.layer." if name else "layer.", described["layer"]
-
-
 @dataclass(frozen=True)
 class StaticRange:
-    """The values that the codes at one layer can stand for; beyond them they are clamped.
+    """The values that the codes at one layer can stand for; what lies beyond is clamped.
 
     Attributes:
-        input: Lowest and highest value that goes in; ``None`` where rows have scales of their own.
-        output: The same for what comes out; ``None`` where it answers floats.
+        input: Lowest and highest value that goes in.
+        output: The same for what comes out; ``None`` where the layer answers floats.
     """
 
-    input: tuple[float, float] | None
+    input: tuple[float, float]
     output: tuple[float, float] | None
 
 
-def static_ranges(model: nn.Module) -> dict[str, StaticRange]:
-    """Answer the range of each layer with an 8-bit weight, by name."""
+def described_ranges(description: Mapping[str, Any]) -> dict[str, StaticRange]:
+    """Answer the ranges of each layer with an 8-bit weight and fixed scales, by name.
+
+    Raises:
+        CheckpointError: The description is damaged.
+    """
     ranges: dict[str, StaticRange] = {}
-    for weight in static_weights(model):
-        spec: Any = getattr(weight.module, "spec", None)
-        if isinstance(weight.module, Layer) and hasattr(spec, "input"):
-            ranges[weight.name] = StaticRange(_range(spec.input), _range(cast(Any, spec).output))
+    try:
+        for name, _, layer in _described_layers(description):
+            spec = layer["spec"]
+            if "weight" in layer["tensors"] and spec.get("input") is not None:
+                output = spec.get("output")
+                ranges[name] = StaticRange(_range(spec["input"]), None if output is None else _range(output))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the description of a static model is damaged: {error!r}") from error
     return ranges
 
 
-def _range(qparams: Any) -> tuple[float, float] | None:
-    if qparams is None:
-        return None
+def _described_layers(description: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Answer the name, what the names of its tensors begin with, and the description of each layer."""
+    if description["kind"] == "graph":
+        for index, step in enumerate(description["graph"]["steps"]):
+            yield str(step["name"]), f"layers.{index}.", step["layer"]
+    else:
+        for name, described in description["layers"].items():
+            yield name, f"{name}.layer." if name else "layer.", described["layer"]
+
+
+def _range(qparams: Any) -> tuple[float, float]:
     scale, zero_point = qparams
-    return -scale * zero_point, scale * (LARGEST_CODE - zero_point)
+    return float(scale) * (0 - int(zero_point)), float(scale) * (LARGEST_CODE - int(zero_point))

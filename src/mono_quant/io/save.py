@@ -15,7 +15,7 @@ from mono_quant.io.atomic import atomic_write
 from mono_quant.io.checkpoint import SAFETENSORS, TORCH, checkpoint_path, format_by_suffix
 from mono_quant.io.contents import Contents, gather, require_module_to_convert, uncompiled, with_standard_layers
 from mono_quant.io.directory import save_directory
-from mono_quant.io.header import HEADER_KEY
+from mono_quant.io.header import HEADER_KEY, CheckpointHeader
 from mono_quant.io.safetensors_file import write_safetensors
 from mono_quant.io.torch_file import write_torch
 
@@ -106,6 +106,17 @@ def save_pytorch(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> N
     _write(gather(model), checkpoint_path(path), TORCH)
 
 
+def save_tensors(tensors: Mapping[str, Tensor], header: CheckpointHeader, path: str | Path) -> None:
+    """Save the tensors of a checkpoint again, with the header that they had.
+
+    Raises:
+        CheckpointError: The suffix is unknown, or the file cannot be written.
+    """
+    target = checkpoint_path(path)
+    stored = {name: tensor for name, tensor in tensors.items() if name not in header.tied}
+    _write(Contents(stored, header), target, format_by_suffix(target))
+
+
 def _write(contents: Contents, path: Path, file_format: str) -> None:
     header = contents.header.to_json()
     try:
@@ -119,4 +130,4 @@ def _write(contents: Contents, path: Path, file_format: str) -> None:
         raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
-__all__ = ["save_model", "save_pytorch", "save_safetensors"]
+__all__ = ["save_model", "save_pytorch", "save_safetensors", "save_tensors"]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -16,8 +16,9 @@ from mono_quant.errors import ConfigurationError
 from mono_quant.report.metrics import model_bytes
 from mono_quant.report.outputs import Inputs, OutputError, compare_outputs, inference, require_modules, run_model
 from mono_quant.report.validation import ValidationResult, compare_weights, half_precision_layers
-from mono_quant.report.weights import Model, Records, quantized_layers, stored_weight
+from mono_quant.report.weights import Model, Records, is_comparable, quantized_layers, stored_weight
 
+_NOT_COMPARABLE: Final = "the weights are not compared: in a static graph norms are folded into them"
 _WARM_UP = 3
 # A timing covers so many calls that it takes at least this long: shorter ones measure the clock.
 _SECONDS_PER_TIMING = 2e-3
@@ -144,7 +145,7 @@ def compare_models(
         ),
         outputs=outputs,
         latency=latency,
-        warnings=tuple(weights.errors),
+        warnings=tuple(weights.errors) if is_comparable(quantized) else (_NOT_COMPARABLE,),
     )
 
 

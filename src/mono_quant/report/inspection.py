@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mono_quant.errors import CheckpointError
+from mono_quant.graph import described_ranges
 from mono_quant.io import load_model
 from mono_quant.io.checkpoint import open_checkpoint
 from mono_quant.io.header import CheckpointHeader
+from mono_quant.io.static_record import StaticRecord
 from mono_quant.report.round_trip import round_trip_faults
 from mono_quant.report.validation import ValidationResult, check_weights, report_failures, require_on_failure
 from mono_quant.report.weights import quantized_layers
@@ -65,6 +67,7 @@ class FileSummary:
             "skipped": {},
             "tied": {},
             "measurements": {},
+            "static": None,
         }
         if self.header is not None:
             header = self.header
@@ -75,8 +78,20 @@ class FileSummary:
                 "skipped": dict(header.skipped),
                 "tied": dict(header.tied),
                 "measurements": dict(header.measurements),
+                "static": None if header.static is None else _static(header.static),
             }
         return values
+
+
+def _static(record: StaticRecord) -> dict[str, Any]:
+    return {
+        "kind": record.model["kind"],
+        "samples": record.samples,
+        "output_sqnr_db": record.output_sqnr_db,
+        "not_captured": record.not_captured,
+        "cuts": [asdict(cut) for cut in record.cuts],
+        "ranges": {name: asdict(found) for name, found in described_ranges(record.model).items()},
+    }
 
 
 def _record(record: Any) -> dict[str, Any]:
@@ -127,7 +142,7 @@ def validate_checkpoint(path: str | Path, on_failure: str = "error", allow_pickl
     require_on_failure(on_failure)
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
-    result = ValidationResult()
+    result = ValidationResult(load_test_passed=None, weight_range_valid=None)
     try:
         summary = inspect_file(path, allow_pickle)
         tensors = load_model(path, allow_pickle=allow_pickle)
@@ -139,12 +154,16 @@ def validate_checkpoint(path: str | Path, on_failure: str = "error", allow_pickl
     if summary.header is None:
         result.errors.append(f"{summary.path} has no header: it is not a checkpoint of this library")
     records = {} if summary.header is None else summary.header.layers
-    unknown = [layer for layer in quantized_layers(tensors) if summary.header is not None and layer not in records]
+    unknown = [
+        layer for layer in quantized_layers(tensors, records) if summary.header is not None and layer not in records
+    ]
     result.errors += [f"layer {layer!r} has scales but the header does not know it" for layer in unknown]
     check_weights(result, tensors, records)
-    faults = round_trip_faults(tensors, tensors, records) if not result.errors else []
-    result.load_test_passed = not result.errors and not faults
-    result.errors += faults
+    header = None if summary.header is None or summary.header.static is None else summary.header
+    if not result.errors:
+        faults = round_trip_faults(tensors, tensors, records, header=header)
+        result.load_test_passed = not faults
+        result.errors += faults
     report_failures(result, on_failure)
     return result
 

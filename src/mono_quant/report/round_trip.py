@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mono_quant.core import LayerInfo, QuantizationInfo
 from mono_quant.errors import MonoQuantError
-from mono_quant.io import load_model, save_model
+from mono_quant.io import CheckpointHeader, load_model, save_model, save_tensors
 from mono_quant.report.metrics import sqnr_db
 from mono_quant.report.outputs import Inputs, inference, named_tensors, run_model
 from mono_quant.report.weights import Model, Records, quantized_layers, stored_weight
@@ -25,6 +25,7 @@ def round_trip_faults(
     quantized: Model,
     records: Records | None = None,
     inputs: Inputs | None = None,
+    header: CheckpointHeader | None = None,
 ) -> list[str]:
     """Answer what changes when ``quantized`` is saved to a temporary file and loaded; nothing if all is well.
 
@@ -32,13 +33,17 @@ def round_trip_faults(
         original: Where it is a module, the file is loaded into its architecture, else as plain tensors.
         quantized: The quantized model.
         records: For a quantized state dict, what its checkpoint's header says of each layer.
+        header: For the tensors of a file with static layers, its header: without it they say nothing of each other.
         inputs: Run the quantized and the loaded model on these and compare the outputs; for modules.
     """
     as_modules = isinstance(original, nn.Module) and isinstance(quantized, nn.Module)
     with tempfile.TemporaryDirectory(prefix="mono_quant-") as directory:
         path = Path(directory) / "round_trip.safetensors"
         try:
-            save_model(quantized, path, _info(quantized, records))
+            if header is None or isinstance(quantized, nn.Module):
+                save_model(quantized, path, _info(quantized, records))
+            else:
+                save_tensors(quantized, header, path)
             loaded = load_model(path, original if as_modules and isinstance(original, nn.Module) else None)
         except (MonoQuantError, OSError) as error:
             message = error.message if isinstance(error, MonoQuantError) else str(error)

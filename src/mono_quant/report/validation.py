@@ -16,7 +16,15 @@ from mono_quant.io.header import LayerRecord
 from mono_quant.report.metrics import decibels, error_energy, model_bytes
 from mono_quant.report.outputs import Inputs, compare_outputs, inference, require_modules, run_model
 from mono_quant.report.round_trip import round_trip_faults
-from mono_quant.report.weights import Model, Records, float_weight, quantized_layers, stored_weight, weight_faults
+from mono_quant.report.weights import (
+    Model,
+    Records,
+    float_weight,
+    is_comparable,
+    quantized_layers,
+    stored_weight,
+    weight_faults,
+)
 
 _ON_FAILURE = ("error", "warn", "ignore")
 
@@ -31,8 +39,10 @@ class ValidationResult:
         original_size_mb: Parameters and buffers of the original, in MiB.
         quantized_size_mb: The same of the quantized model.
         compression_ratio: The one divided by the other.
-        load_test_passed: Whether the saved model, loaded again, has the same bits (and, with inputs, outputs).
-        weight_range_valid: Whether all weights and scales are finite and all codes within their range.
+        load_test_passed: Whether the saved model, loaded again, has the same bits (and, with inputs, outputs); ``None``
+            if that was not tried.
+        weight_range_valid: Whether all weights and scales are finite and all codes within their range; ``None`` if no
+            layer is quantized.
         errors: What failed, one sentence each.
         warnings: What the caller should know, one sentence each.
         layer_sqnr_db: The ratio of each quantized layer's weight.
@@ -44,8 +54,8 @@ class ValidationResult:
     original_size_mb: float | None = None
     quantized_size_mb: float | None = None
     compression_ratio: float | None = None
-    load_test_passed: bool = False
-    weight_range_valid: bool = False
+    load_test_passed: bool | None = False
+    weight_range_valid: bool | None = False
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     layer_sqnr_db: dict[str, float] = field(default_factory=dict)
@@ -160,7 +170,7 @@ def check_weights(result: ValidationResult, quantized: Model, records: Records |
         trained = name.rpartition(".")[2] in ("weight", "bias")
         if trained and name not in own and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             faults.append(f"{name} holds NaN or infinite values")
-    result.weight_range_valid = not faults
+    result.weight_range_valid = not faults if layers else None
     result.errors += faults
 
 
@@ -171,7 +181,9 @@ def compare_weights(
     min_sqnr_db: float,
     records: Records | None = None,
 ) -> None:
-    """Add to ``result`` how far the quantized weights are from the original's."""
+    """Add to ``result`` how far the quantized weights are from the original's, where they can be compared."""
+    if not is_comparable(quantized):
+        return
     signal = noise = 0.0
     seen: set[tuple[object, ...]] = set()
     for layer in quantized_layers(quantized, records):

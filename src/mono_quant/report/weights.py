@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.core import LayerScheme, QuantizedTensor, unpack_int32
-from mono_quant.core.layer_scheme import FLOAT16, INT8_DYNAMIC, WEIGHT_ONLY
+from mono_quant.core.layer_scheme import FLOAT16, INT8_DYNAMIC, INT8_STATIC, WEIGHT_ONLY
 from mono_quant.errors import InputError
+from mono_quant.graph import StaticGraph, static_weights
 from mono_quant.integrations.conv1d import CONV1D, QuantizedConv1D
 from mono_quant.io.header import LayerRecord
 from mono_quant.modules import QuantizedModule, counterpart
@@ -48,13 +49,26 @@ def quantized_layers(model: Model, records: Records | None = None) -> list[str]:
         records: What a checkpoint's header says of each layer; it also names float16 weights, which look like others.
     """
     if isinstance(model, nn.Module):
-        return [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
+        static = static_weights(model)
+        known = {id(weight.module) for weight in static}
+        dynamic = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, QuantizedModule) and id(module) not in known
+        ]
+        return [*dict.fromkeys(weight.name for weight in static), *dynamic]
     found = dict.fromkeys(records or ())
+    of_static = {_static_prefix(name) for name, record in (records or {}).items() if record.scheme.kind == INT8_STATIC}
     for name in model:
         prefix, _, local = name.rpartition(".")
-        if local == "weight_scale":
+        if local == "weight_scale" and f"{prefix}." not in of_static:
             found[prefix] = None
     return list(found)
+
+
+def _static_prefix(layer: str) -> str:
+    """Answer what the names of a static layer's tensors begin with in a state dict."""
+    return f"{layer}.layer." if layer else "layer."
 
 
 def stored_weight(model: Model, layer: str, records: Records | None = None) -> StoredWeight:
@@ -69,13 +83,18 @@ def stored_weight(model: Model, layer: str, records: Records | None = None) -> S
         InputError: The layer's tensors are incomplete or do not fit together.
     """
     if isinstance(model, nn.Module):
+        for static in static_weights(model):
+            if static.name == layer:
+                return StoredWeight(layer, static.weight, static.scheme, (id(static.module),))
         module = model.get_submodule(layer)
         assert isinstance(module, QuantizedModule)
         return StoredWeight(layer, module._quantized_weight, module.scheme, weight_memory(module))
     names = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-    prefix = f"{layer}." if layer else ""
-    tensors = {name: model[prefix + name] for name in names if prefix + name in model}
     record = (records or {}).get(layer)
+    prefix = f"{layer}." if layer else ""
+    if record is not None and record.scheme.kind == INT8_STATIC:
+        prefix = _static_prefix(layer)
+    tensors = {name: model[prefix + name] for name in names if prefix + name in model}
     scheme = _scheme_of(layer, tensors) if record is None else record.scheme
     float_type = None if record is None else record.float_type
     codes_name = "weight_packed" if scheme.kind == WEIGHT_ONLY else "weight"
@@ -173,12 +192,19 @@ def _in_stored_layout(module: nn.Module, quantized: Model, stored: StoredWeight)
     quantized_type: type[QuantizedModule] | None
     if isinstance(quantized, nn.Module):
         found = quantized.get_submodule(stored.layer)
-        assert isinstance(found, QuantizedModule)
-        quantized_type = type(found)
+        quantized_type = type(found) if isinstance(found, QuantizedModule) else None
     else:
         quantized_type = QuantizedConv1D if stored.float_type == CONV1D else counterpart(module)
     weight: Tensor = QuantizedModule.stored_weight(module)
     return weight if quantized_type is None else quantized_type.stored_weight(module)
+
+
+def is_comparable(quantized: Model) -> bool:
+    """Say whether the weights of a quantized model can be compared with the original's.
+
+    In a static graph norms have been folded into them and channels balanced.
+    """
+    return not isinstance(quantized, nn.Module) or not any(isinstance(m, StaticGraph) for m in quantized.modules())
 
 
 def weight_faults(stored: StoredWeight) -> list[str]:
@@ -213,4 +239,13 @@ def _outside(what: str, tensor: Tensor, low: int, high: int) -> list[str]:
     return [f"{what} reach from {least} to {most}, outside [{low}, {high}]"]
 
 
-__all__ = ["Model", "Records", "StoredWeight", "float_weight", "quantized_layers", "stored_weight", "weight_faults"]
+__all__ = [
+    "Model",
+    "Records",
+    "StoredWeight",
+    "float_weight",
+    "is_comparable",
+    "quantized_layers",
+    "stored_weight",
+    "weight_faults",
+]
