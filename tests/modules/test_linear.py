@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mono_quant.core import LayerScheme, QuantizedTensor
 from mono_quant.errors import InputTypeError, QuantizationError
-from mono_quant.modules import QuantizedLinear, quantize_linear_module
+from mono_quant.modules import QuantizedLinear, counterpart_for_scheme, quantize_linear_module
 from tests.modules.layers import (
     ASYMMETRIC,
     HALF,
@@ -258,3 +258,28 @@ def test_other_modules_and_dtypes_are_refused() -> None:
 def test_the_representation_names_the_scheme() -> None:
     text = repr(QuantizedLinear.from_linear(nn.Linear(6, 4), symmetric=True))
     assert text == ("QuantizedLinear(in_features=6, out_features=4, bias=True, int8 dynamic, symmetric, channels)")
+
+
+def test_a_bfloat16_layer_stores_and_multiplies_bfloat16() -> None:
+    linear = nn.Linear(24, 10)
+    layer = QuantizedLinear.from_float(linear, LayerScheme("bfloat16", bits=16))
+    x = torch.randn(5, 24)
+    assert layer.codes.dtype == layer.dtype == torch.bfloat16
+    expected = torch.nn.functional.linear(x.bfloat16(), linear.weight.bfloat16(), linear.bias.bfloat16())
+    assert torch.equal(layer(x), expected.float())
+    for dtype in DTYPES:
+        assert layer(x.to(dtype)).dtype == dtype
+    restored = layer.to_float()
+    assert torch.equal(restored.weight, linear.weight.bfloat16().float())
+
+
+def test_a_weight_beyond_bfloat16_is_refused() -> None:
+    linear = nn.Linear(2, 2)
+    linear.weight.data[0, 0] = torch.finfo(torch.float32).max
+    with pytest.raises(QuantizationError, match="bfloat16"):
+        QuantizedLinear.from_float(linear, LayerScheme("bfloat16", bits=16))
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(2, 2, 1), nn.Embedding(4, 4)])
+def test_only_linear_layers_have_bfloat16(module: nn.Module) -> None:
+    assert counterpart_for_scheme(module, LayerScheme("bfloat16", bits=16)) is None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mono_quant.core.layer_scheme import FLOAT16, WEIGHT_ONLY, LayerScheme
+from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
 from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.modules import QuantizedModule, counterpart_for_scheme
@@ -82,7 +82,7 @@ def find_targets(model: nn.Module, schemes: Mapping[str, LayerScheme]) -> dict[s
             raise ConfigurationError(f"layer {name!r} ({type(modules[name]).__name__}) cannot be stored as {scheme}")
     targets = {}
     for name, module in modules.items():
-        if name not in schemes or schemes[name].kind == FLOAT16:
+        if name not in schemes or schemes[name].stores_floats:
             continue
         scheme = schemes[name]
         quantized_type = counterpart_for_scheme(module, scheme)

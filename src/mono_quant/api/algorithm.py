@@ -14,7 +14,6 @@ from mono_quant.api.names import shortened
 from mono_quant.api.replace import Progress
 from mono_quant.api.selection import Candidate, Selection
 from mono_quant.calibration import Batch, iterate_batches
-from mono_quant.core.layer_scheme import FLOAT16
 from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.errors import ConfigurationError
 
@@ -100,7 +99,7 @@ def prepare(
         return Prepared(model, selection)
     name = "+".join(plan.steps)
     schemes = {candidate.name: candidate.scheme for candidate in selection.chosen}
-    if all(scheme.kind == FLOAT16 for scheme in schemes.values()):
+    if all(scheme.stores_floats for scheme in schemes.values()):
         raise ConfigurationError(
             f"algorithm={name!r} chooses integer codes, and every layer is stored as float16",
             suggestion="Leave algorithm out, or use bits=8 or bits=4.",

@@ -10,18 +10,19 @@ from torch import nn
 
 from mono_quant.api.options import Options
 from mono_quant.api.selection import Candidate, Selection, select_layers
-from mono_quant.core.layer_scheme import FLOAT16, WEIGHT_ONLY, LayerScheme
+from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
 from mono_quant.errors import ConfigurationError
 from mono_quant.modules import counterpart_for_scheme
 
 INT4: Final = "int4"
 INT8: Final = "int8"
 INT8_WEIGHTS: Final = "int8_weights"
-HALF: Final = "float16"
+BFLOAT16: Final = "bfloat16"
+FLOAT16: Final = "float16"
 #: The layer as it is.
 FLOAT: Final = "float"
 #: What a layer can be quantized to, smallest first; :data:`FLOAT` is always possible besides.
-FORMATS: Final = (INT4, INT8, INT8_WEIGHTS, HALF)
+FORMATS: Final = (INT4, INT8, INT8_WEIGHTS, BFLOAT16, FLOAT16)
 
 #: For each layer's name its format.
 Assignment = Mapping[str, str]
@@ -65,8 +66,8 @@ def parse_formats(formats: Sequence[str] | str | None) -> tuple[str, ...]:
 def find_units(model: nn.Module, options: Options, formats: Sequence[str]) -> tuple[list[Unit], Selection]:
     """Answer the layers that ``options`` choose, in the formats that each of them has.
 
-    A linear layer that shares no weight with another kind of layer has all formats; the others have no ``int4`` and no
-    ``int8_weights``. A layer that has none of ``formats`` has ``int8``.
+    A linear layer that shares no weight with another kind of layer has all formats; the others have only ``int8``
+    and ``float16``. A layer that has none of ``formats`` has ``int8``.
 
     Args:
         model: Not modified.
@@ -100,8 +101,10 @@ def _in_format(members: list[Candidate], name: str, packed: Mapping[str, Candida
     """Answer the layers of a unit in a format; none if one of them does not have it."""
     if name == INT8:
         return tuple(members)
-    if name == HALF:
-        return tuple(_stored_as(member, LayerScheme(FLOAT16, bits=16)) for member in members)
+    if name in (BFLOAT16, FLOAT16):
+        scheme = LayerScheme(name, bits=16)
+        possible = all(counterpart_for_scheme(member.module, scheme) is not None for member in members)
+        return tuple(_stored_as(member, scheme) for member in members) if possible else ()
     if any(member.name not in packed for member in members):
         return ()
     schemes = [packed[member.name].scheme for member in members]

@@ -11,7 +11,8 @@ INT8_DYNAMIC: Final = "int8_dynamic"
 INT8_STATIC: Final = "int8_static"
 WEIGHT_ONLY: Final = "weight_only"
 FLOAT16: Final = "float16"
-KINDS: Final = (INT8_DYNAMIC, INT8_STATIC, WEIGHT_ONLY, FLOAT16)
+BFLOAT16: Final = "bfloat16"
+KINDS: Final = (INT8_DYNAMIC, INT8_STATIC, WEIGHT_ONLY, FLOAT16, BFLOAT16)
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class LayerScheme:
     Attributes:
         kind: ``int8_dynamic`` (8-bit weights, inputs quantized on the fly, integer products), ``int8_static`` (the
             same with scales of the inputs that calibration fixed), ``weight_only`` (packed weights of ``bits`` bits,
-            float arithmetic) or ``float16`` (weights stored in half precision).
+            float arithmetic), ``float16`` (weights stored in half precision) or ``bfloat16`` (weights stored, and
+            products of linear layers computed, in bfloat16).
         bits: Bits of a weight: 8, 4 or 16.
         symmetric: Whether the weight has no zero points.
         group_size: Inputs that share one scale; ``None`` for one scale per output channel.
@@ -36,7 +38,7 @@ class LayerScheme:
 
     def __post_init__(self) -> None:
         # The values may come from a file, so their types are no more certain than their ranges.
-        allowed = {INT8_DYNAMIC: (8,), INT8_STATIC: (8,), WEIGHT_ONLY: (4, 8), FLOAT16: (16,)}
+        allowed = {INT8_DYNAMIC: (8,), INT8_STATIC: (8,), WEIGHT_ONLY: (4, 8), FLOAT16: (16,), BFLOAT16: (16,)}
         if self.kind not in KINDS:
             raise ConfigurationError(f"scheme kind {self.kind!r} is not one of {', '.join(KINDS)}")
         if self.bits not in allowed[self.kind]:
@@ -50,6 +52,11 @@ class LayerScheme:
                 raise ConfigurationError(f"{name}={getattr(self, name)!r} of a scheme is neither True nor False")
         if self.kind == INT8_STATIC and not (self.symmetric and self.per_channel):
             raise ConfigurationError(f"the weight of a {INT8_STATIC} layer is symmetric with a scale for each channel")
+
+    @property
+    def stores_floats(self) -> bool:
+        """Whether the weight is stored as floats of 16 bits: it has no codes, scales and zero points."""
+        return self.kind in (FLOAT16, BFLOAT16)
 
     def to_dict(self) -> dict[str, Any]:
         """Answer the scheme as plain values for a checkpoint's header."""
@@ -68,8 +75,8 @@ class LayerScheme:
         return cls(**values)
 
     def __str__(self) -> str:
-        if self.kind == FLOAT16:
-            return "float16"
+        if self.stores_floats:
+            return self.kind
         granularity = f"groups of {self.group_size}" if self.group_size else "channels"
         if not self.per_channel:
             granularity = "tensor"

@@ -175,6 +175,22 @@ def quantize_weight_fp16(weight: Tensor) -> Tensor:
     return half
 
 
+def quantize_weight_bf16(weight: Tensor) -> Tensor:
+    """Answer ``weight`` in bfloat16.
+
+    Raises:
+        InputTypeError: ``weight`` is not a floating-point tensor.
+        QuantizationError: It holds NaN or infinite values, or values that round to infinity.
+    """
+    rounded = require_float_tensor(weight).detach().to(torch.bfloat16, copy=True)
+    if not bool(torch.isfinite(rounded).all()):
+        raise QuantizationError(
+            "the weight holds NaN, infinite values or values beyond the largest bfloat16",
+            suggestion="Repair the checkpoint, or skip the layer.",
+        )
+    return rounded
+
+
 def dequantize_weight(q_weight: object) -> Tensor:
     """Bring a quantized or float16 weight back to float32.
 
@@ -201,6 +217,7 @@ __all__ = [
     "dequantize_weight",
     "dequantize_weight_int4",
     "quantize_affine",
+    "quantize_weight_bf16",
     "quantize_weight_fp16",
     "quantize_weight_groupwise",
     "quantize_weight_int4",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mono_quant.core.layer_scheme import FLOAT16, INT8_DYNAMIC, WEIGHT_ONLY, LayerScheme
+from mono_quant.core.layer_scheme import INT8_DYNAMIC, WEIGHT_ONLY, LayerScheme
 from mono_quant.errors import CheckpointError, ConfigurationError, InputError
 from mono_quant.integrations.conv1d import QuantizedConv1D
 from mono_quant.modules import QuantizedEmbedding, QuantizedLinear, QuantizedModule, WeightOnlyLinear
@@ -132,7 +132,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any] | None:
     """
     groups: dict[tuple[str, LayerScheme], list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedModule) and module.scheme.kind != FLOAT16:
+        if isinstance(module, QuantizedModule) and not module.scheme.stores_floats:
             groups.setdefault((_target(name, module), module.scheme), []).append(name)
     if not groups:
         return None
@@ -192,7 +192,7 @@ def _float_layers(model: nn.Module) -> list[str]:
     names = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedModule):
-            if module.scheme.kind == FLOAT16:
+            if module.scheme.stores_floats:
                 names.append(name)
             continue
         weight = module._parameters.get("weight")

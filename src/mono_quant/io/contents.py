@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mono_quant.core.layer_scheme import FLOAT16, INT8_STATIC
+from mono_quant.core.layer_scheme import INT8_STATIC
 from mono_quant.core.quantization_info import QuantizationInfo
 from mono_quant.errors import CheckpointError, ConfigurationError, InputError, InputTypeError
 from mono_quant.integrations import QuantizedConv1D
@@ -139,7 +139,7 @@ def _records_of_state(state: Mapping[str, Any], info: QuantizationInfo | None) -
                 f"{weights[0]!r} nor {weights[1]!r}",
                 suggestion="Pass the quantization_info of this state dict.",
             )
-        if record.scheme.kind != FLOAT16 and _join(name, "weight_scale") not in state:
+        if not record.scheme.stores_floats and _join(name, "weight_scale") not in state:
             raise InputError(f"the state dict lacks {_join(name, 'weight_scale')!r} of the quantized layer {name!r}")
     for key, tensor in state.items():
         layer, _, local = key.rpartition(".")

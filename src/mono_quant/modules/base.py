@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mono_quant.core.layer_scheme import FLOAT16, LayerScheme
+from mono_quant.core.layer_scheme import BFLOAT16, FLOAT16, LayerScheme
 from mono_quant.core.mappers import QINT8
 from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.core.quantizers import (
+    quantize_weight_bf16,
     quantize_weight_fp16,
     quantize_weight_int8,
     quantize_weight_int8_per_tensor,
@@ -46,16 +47,16 @@ class QuantizedModule(nn.Module):
         """Register buffers for a weight of ``shape``: all zeros until a weight is set."""
         self.scheme = scheme
         per_channel = (shape[0], *[1] * (len(shape) - 1))
-        has_scale = scheme.kind != FLOAT16
+        has_scale = not scheme.stores_floats
         has_zero_point = has_scale and not scheme.symmetric
-        self.set_tensor("weight", torch.zeros(shape, dtype=torch.int8 if has_scale else torch.float16))
+        self.set_tensor("weight", torch.zeros(shape, dtype=storage_dtype(scheme)))
         self.set_tensor("weight_scale", torch.ones(per_channel) if has_scale else None)
         self.set_tensor("weight_zero_point", torch.zeros(per_channel, dtype=torch.int8) if has_zero_point else None)
         self.set_tensor("bias", None if bias is None else bias.detach().clone())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and isinstance(value, Tensor):
-            stored = torch.float16 if self.scheme.kind == FLOAT16 else torch.int8
+            stored = storage_dtype(self.scheme)
             # nn.Module would put floats where the codes are, or drop the codes for a parameter, without a word.
             if isinstance(value, nn.Parameter) or value.dtype != stored:
                 raise InputTypeError(
@@ -164,8 +165,8 @@ class QuantizedModule(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """``torch.qint8`` or ``torch.float16``: what the weight is stored as."""
-        return torch.float16 if self.scheme.kind == FLOAT16 else QINT8
+        """``torch.qint8``, ``torch.float16`` or ``torch.bfloat16``: what the weight is stored as."""
+        return storage_dtype(self.scheme) if self.scheme.stores_floats else QINT8
 
     @property
     def symmetric(self) -> bool:
@@ -222,14 +223,21 @@ class QuantizedModule(nn.Module):
         )
 
 
+def storage_dtype(scheme: LayerScheme) -> torch.dtype:
+    """Answer the dtype in which 8-bit codes, or a weight of 16 bits, are stored."""
+    return {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}.get(scheme.kind, torch.int8)
+
+
 def quantize_by_scheme(weight: Tensor, scheme: LayerScheme) -> QuantizedTensor | Tensor:
-    """Answer ``weight`` (output channels first) as ``scheme`` stores it, 8 bits or float16.
+    """Answer ``weight`` (output channels first) as ``scheme`` stores it, in 8 or 16 bits.
 
     Raises:
         QuantizationError: It holds NaN or infinite values.
     """
     if scheme.kind == FLOAT16:
         return quantize_weight_fp16(weight)
+    if scheme.kind == BFLOAT16:
+        return quantize_weight_bf16(weight)
     if scheme.per_channel:
         return quantize_weight_int8(weight, scheme.symmetric)
     return quantize_weight_int8_per_tensor(weight, scheme.symmetric)

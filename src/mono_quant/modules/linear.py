@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mono_quant.core.layer_scheme import LayerScheme
+from mono_quant.core.layer_scheme import BFLOAT16, LayerScheme
 from mono_quant.core.mappers import QINT8
 from mono_quant.errors import InputError
 from mono_quant.modules.base import require_module, scheme_from_dtype
@@ -19,7 +20,7 @@ class QuantizedLinear(PackedWeight):
 
     Each row of the input is quantized on the fly (asymmetric, 8 bits), multiplied with the int8 weight, and scaled
     once at the end, so that a row's result never depends on the other rows. With ``dtype=torch.float16`` the weight
-    is stored in half precision and the arithmetic is float32.
+    is stored in half precision and the arithmetic is float32; a scheme of bfloat16 stores and multiplies bfloat16.
 
     Shapes: input ``[..., in_features]`` of float32, bfloat16 or float16; output ``[..., out_features]`` of the same
     dtype.
@@ -90,6 +91,8 @@ class QuantizedLinear(PackedWeight):
         if input.dtype == torch.float64:
             # The arithmetic is float32 throughout; wider inputs are taken, and answered in their dtype.
             return self.forward(input.float()).double()
+        if self.scheme.kind == BFLOAT16:
+            return self._in_bfloat16(input)
         if self.weight_scale is None:
             half: Tensor = torch.ops.mono_quant.linear_half(input, self._buffers["weight"], self.bias)
             return half
@@ -103,6 +106,10 @@ class QuantizedLinear(PackedWeight):
             input, *packed, self.weight_scale, self.weight_zero_point, self.bias, self.out_features, self.activation
         )
         return out
+
+    def _in_bfloat16(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        return F.linear(input.to(torch.bfloat16), self.codes, bias).to(input.dtype)
 
     def _matrix_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
+from mono_quant.core.layer_scheme import BFLOAT16, WEIGHT_ONLY, LayerScheme
 from mono_quant.modules.base import QuantizedModule
 from mono_quant.modules.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
 from mono_quant.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
@@ -48,6 +48,8 @@ def counterpart_for_scheme(module: nn.Module, scheme: LayerScheme) -> type[Quant
     """Answer the class that can stand in for ``module`` in ``scheme``, or ``None``."""
     if scheme.kind == WEIGHT_ONLY:
         return _WEIGHT_ONLY.get(_float_type(module))
+    if scheme.kind == BFLOAT16 and _float_type(module) is not nn.Linear:
+        return None
     return counterpart(module)
 
 

@@ -15,6 +15,7 @@ from mono_quant.graph import StaticGraph, static_weights
 from mono_quant.integrations.conv1d import CONV1D, QuantizedConv1D
 from mono_quant.io.header import LayerRecord
 from mono_quant.modules import QuantizedModule, counterpart
+from mono_quant.modules.base import storage_dtype
 from mono_quant.report.metrics import memory_key, weight_memory
 
 Model = nn.Module | Mapping[str, Tensor]
@@ -99,9 +100,9 @@ def stored_weight(model: Model, layer: str, records: Records | None = None) -> S
     float_type = None if record is None else record.float_type
     codes_name = "weight_packed" if scheme.kind == WEIGHT_ONLY else "weight"
     expected = {"weight_packed": torch.int32, "weight_scale": torch.float32, "weight_zero_point": torch.int8}
-    expected["weight"] = torch.float16 if scheme.kind == FLOAT16 else torch.int8
-    required = [codes_name] if scheme.kind == FLOAT16 else [codes_name, "weight_scale"]
-    if scheme.kind != FLOAT16 and not scheme.symmetric:
+    expected["weight"] = storage_dtype(scheme)
+    required = [codes_name] if scheme.stores_floats else [codes_name, "weight_scale"]
+    if not scheme.stores_floats and not scheme.symmetric:
         required.append("weight_zero_point")
     if scheme.kind == WEIGHT_ONLY:
         required.append("weight_shape")
@@ -111,7 +112,7 @@ def stored_weight(model: Model, layer: str, records: Records | None = None) -> S
         if name in expected and tensors[name].dtype != expected[name]:
             raise InputError(f"{prefix}{name} holds {tensors[name].dtype}, expected {expected[name]}")
     codes = tensors[codes_name]
-    if scheme.kind == FLOAT16:
+    if scheme.stores_floats:
         return StoredWeight(layer, codes, scheme, memory_key(codes), float_type)
     zero_point = None if scheme.symmetric else tensors["weight_zero_point"]
     weight = _assemble(layer, codes, tensors["weight_scale"], zero_point, tensors.get("weight_shape"), scheme)
