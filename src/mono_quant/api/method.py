@@ -208,7 +208,7 @@ def _method(request: Request) -> str:
         if request.dynamic is False:
             raise InputError(
                 "dynamic=False asks for static quantization, which needs calibration_data",
-                suggestion="Leave dynamic out, or set it to True.",
+                suggestion="Leave dynamic out, or set dynamic=True.",
             )
         return LAYERS
     half = request.bits == 16 and not request.several_bits

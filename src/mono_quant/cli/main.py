@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 import warnings
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -20,6 +20,14 @@ from mono_quant.cli.validate import validate
 from mono_quant.errors import MonoQuantError, ValidationError
 
 UNEXPECTED, INPUT_ERROR, VALIDATION_FAILED, INTERRUPTED = 1, 3, 4, 130
+
+# Options of the library that the command line has too.
+_OPTIONS: Final = (
+    "algorithm", "allow_pickle", "bits", "calibration_data", "compute_dtype", "correct_bias", "dynamic", "equalize",
+    "group_size", "include", "max_drop", "min_parameters", "num_calibration_samples", "observer", "skip",
+)  # fmt: skip
+_RENAMED: Final = {"calibration_data": "calibrate", "num_calibration_samples": "calibration-samples"}
+_VALUE: Final = r"['\"]?[\w+-]+(?:\.\w+)*['\"]?"
 
 EPILOG = """\b
 A model is one of
@@ -70,14 +78,19 @@ def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
 
 def _in_options(text: str) -> str:
     """Spell the library's options as the command line does."""
-    text = re.sub(r"\b(allow_pickle)=True\b", "--allow-pickle", text)
-    text = text.replace("dynamic=False", "--static")
-    text = re.sub(r"\b(include|skip)=(?=[\s.,]|$)", r"--\1", text)
-    return re.sub(r"\b(bits|group_size|min_parameters|compute_dtype)=(?=[\w-])", _option, text)
+    text = re.sub(rf"\b({'|'.join(_OPTIONS)})=(?:({_VALUE})|(?=[\s.,;:)]|$))", _option, text)
+    # Without a sign of equality only names that are no words of the language.
+    return re.sub(r"\b(calibration_data|num_calibration_samples)\b", _option, text)
 
 
 def _option(match: re.Match[str]) -> str:
-    return f"--{match[1].replace('_', '-')} "
+    name, value = match[1], match[2] if match.re.groups > 1 else None
+    if name == "dynamic":
+        return "--dynamic" if value == "True" else "--static"
+    option = _RENAMED.get(name, name.replace("_", "-"))
+    if value == "False":
+        return f"--no-{option}"
+    return f"--{option}" if value in (None, "True") else f"--{option} {value}"
 
 
 def _report(error: Exception, output: Output | None) -> int:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,24 @@ def load_pair(
     Raises:
         InputError, CheckpointError: As :func:`load`.
     """
-    first = load(original, load_architecture(architecture), allow_pickle)
-    second = load(quantized, load_architecture(architecture) or architecture_of(original), allow_pickle)
-    return first, second
+    module: Architecture | None
+    if architecture is not None and is_factory(architecture):
+        module, inputs = _module_from_factory(architecture)
+    else:
+        module, inputs = load_architecture(architecture), None
+    # Loading leaves the architecture as it is, so that one serves both.
+    first = load(original, module, allow_pickle)
+    second = load(quantized, module or architecture_of(original), allow_pickle)
+    return (first if first.inputs is not None else replace(first, inputs=inputs)), second
+
+
+def call_loader(argument: str) -> Any:
+    """Answer what ``package.module:loader`` answers.
+
+    Raises:
+        InputError: It cannot be imported, or raises.
+    """
+    return _call(argument, "the loader")
 
 
 def existing_path(argument: str) -> Path:
@@ -149,7 +164,7 @@ def choose_inputs(option: str | None, models: list[LoadedModel], batch: int, len
             )
         if not is_factory(option):
             return load_inputs(option)
-        answer: Inputs = _call(option, "the loader")
+        answer: Inputs = call_loader(option)
         return answer
     if tensors_only:
         return None
@@ -224,6 +239,7 @@ __all__ = [
     "Architecture",
     "LoadedModel",
     "architecture_of",
+    "call_loader",
     "choose_inputs",
     "existing_path",
     "is_factory",

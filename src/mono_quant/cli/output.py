@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -93,7 +93,7 @@ class _Bar:
 
     def __init__(self, console: Console, description: str) -> None:
         what = TextColumn("{task.fields[what]}", markup=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), what)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), what)
         self._progress = Progress(*columns, console=console, transient=True, auto_refresh=False)
         self._description = description
         self._task: TaskID | None = None

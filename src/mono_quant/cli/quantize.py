@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from mono_quant.api import QuantizationResult
 from mono_quant.api import quantize as quantize_model
+from mono_quant.cli.calibration import calibration_options, load_calibration, static_facts
 from mono_quant.cli.models import LoadedModel, is_factory, load, load_architecture
 from mono_quant.cli.options import json_option, loading_options
 from mono_quant.cli.output import Output, decibels_text, layer_facts, seconds_text, size_text
@@ -47,6 +49,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 @click.option("--skip", multiple=True, metavar="NAME", help="Leave these layers in float: names or globs. Repeatable.")
 @click.option("--min-parameters", type=int, default=0, help="Leave layers with fewer weights in float.")
 @click.option("--compute-dtype", type=click.Choice(list(_DTYPES)), help="Cast what stays in float.")
+@calibration_options
 @click.option("--strict", is_flag=True, help="A low signal-to-noise ratio is an error instead of a warning.")
 @click.option(
     "--output", "-o", "output_path", type=click.Path(path_type=Path), metavar="PATH",
@@ -68,6 +71,11 @@ def quantize(
     skip: tuple[str, ...],
     min_parameters: int,
     compute_dtype: str | None,
+    calibrate: str | None,
+    calibration_samples: int | None,
+    observer: str | None,
+    equalize: bool | None,
+    correct_bias: bool | None,
     strict: bool,
     output_path: Path | None,
     force: bool,
@@ -80,12 +88,14 @@ def quantize(
     monoquant quantize model.safetensors
     monoquant quantize path/to/transformers_directory --skip lm_head --bits 4
     monoquant quantize mypackage.models:build --output small.safetensors
+    monoquant quantize mypackage.models:build --calibrate images.npy
     """
     argument = _one_model(model, model_option)
     path = _choose_output(argument, output_path, force)
     output.message(f"Loading {argument}")
     loaded = load(argument, load_architecture(architecture), allow_pickle)
-    _require_possible(loaded, path)
+    _require_possible(loaded, path, calibrate)
+    data = load_calibration(calibrate)
     with output.progress("Quantizing") as report:
         # The float model is this process's own: nothing is lost by freeing its weights on the way.
         result = quantize_model(
@@ -98,7 +108,12 @@ def quantize(
             min_parameters=min_parameters,
             group_size=group_size,
             compute_dtype=None if compute_dtype is None else _DTYPES[compute_dtype],
-            inplace=True,
+            calibration_data=data,
+            num_calibration_samples=calibration_samples,
+            observer=observer,
+            equalize=equalize,
+            correct_bias=correct_bias,
+            inplace=data is None,
             progress=report,
             accuracy_warning="error" if strict else "warn",
         )
@@ -143,17 +158,22 @@ def _choose_output(argument: str, chosen: Path | None, force: bool) -> Path:
     return chosen
 
 
-def _require_possible(loaded: LoadedModel, path: Path) -> None:
+def _require_possible(loaded: LoadedModel, path: Path, calibrate: str | None) -> None:
     """Refuse what would only fail after the work.
 
     Raises:
-        InputError: The model is quantized already.
+        InputError: The model is quantized already, or has no architecture to be calibrated.
         ConfigurationError: ``path`` is a directory, which only transformers models are saved to.
     """
     if loaded.records:
         raise InputError(
             f"{loaded.argument} is quantized already ({len(loaded.records)} layers)",
             suggestion="Quantize the float model that it was made from.",
+        )
+    if calibrate is not None and not isinstance(loaded.model, nn.Module):
+        raise InputError(
+            f"{loaded.argument} holds tensors without an architecture and cannot run on calibration data",
+            suggestion="Give --architecture package.module:factory.",
         )
     is_transformers = isinstance(loaded.model, nn.Module) and is_transformers_model(loaded.model)
     if not path.suffix and not is_transformers:
@@ -166,6 +186,7 @@ def _print(output: Output, argument: str, path: Path, result: QuantizationResult
         ("saved as", f"{path} ({size_text(_file_bytes(path))})"),
         ("size", f"{size_text(info.bytes_before)} -> {size_text(info.bytes_after)} (ratio {_ratio(info):.3f})"),
         ("SQNR of weights", decibels_text(info.sqnr_db)),
+        *static_facts(result),
         ("time", seconds_text(info.seconds)),
     ]
     layers = layer_facts({name: str(layer.scheme) for name, layer in info.layers.items()}, info.skip_reasons)
@@ -190,6 +211,10 @@ def _document(argument: str, path: Path, result: QuantizationResult) -> dict[str
         "bytes_after": info.bytes_after,
         "ratio": _ratio(info),
         "sqnr_db": info.sqnr_db,
+        "output_sqnr_db": info.output_sqnr_db,
+        "calibration_samples": info.calibration_samples_used,
+        "not_captured": info.not_captured,
+        "cuts": [asdict(cut) for cut in info.cuts],
         "seconds": info.seconds,
         "quantized": [
             {

@@ -75,7 +75,7 @@ def capture(model: nn.Module, example: Batch) -> Captured:
             first_error = first_error or error
     else:
         assert first_error is not None
-        raise NotCapturableError(f"torch.export cannot capture it: {_first_line(first_error)}") from first_error
+        raise NotCapturableError(f"torch.export cannot capture it: {_reason(first_error)}") from first_error
     return _as_graph(program, parameters, names, dynamic_sizes)
 
 
@@ -188,7 +188,9 @@ def _drop_assertions(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    if any(base.__name__ == "GuardOnDataDependentSymNode" for base in type(error).__mro__):
+        return "what its forward does depends on the values of tensors"
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
