@@ -89,6 +89,8 @@ struct KernelTable {
   // out[i, :] = (weight[index[i], :] - zero_point) * scale; indices are already checked.
   void (*embedding)(const int64_t* index, int64_t count, const int8_t* weight, int64_t dim, const float* scale,
                     const int8_t* zero_point, DType dtype, void* out);
+
+  const struct CodeKernels* codes;  // see codes.h
 };
 
 // One per unit; null when the unit was not built for this architecture.

@@ -4,6 +4,7 @@
 // has been tuned. Bound by design: one tile load per tile product (2 x 2 tiles share two loads of codes and two of
 // weights among four products).
 #include "kernels.h"
+#include "codes.h"
 #include "vec_avx512.h"
 #include "amx.h"
 #include "rows.inl"
@@ -120,6 +121,19 @@ void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int
 #include "float_direct.inl"
 #include "float_linear.inl"
 
+namespace {
+
+// How many codes and rows a product may read where fewer remain.
+constexpr int64_t kCodesRead = 64, kRowsRead = 32;
+
+}  // namespace
+
+#include "codes_finish.inl"
+#include "conv.inl"
+#include "depthwise_vnni.inl"
+#include "depthwise.inl"
+#include "codes_simple.inl"
+
 namespace mono_quant {
 
 #ifdef MONO_QUANT_AMX_EMULATED
@@ -130,7 +144,7 @@ const KernelTable kAmxKernels = {
     "amx",
 #endif
     1000e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
-    float_linear_scratch_bytes, float_linear, embedding,
+    float_linear_scratch_bytes, float_linear, embedding, &kCodeKernels,
 };
 
 }  // namespace mono_quant

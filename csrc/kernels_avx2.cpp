@@ -7,6 +7,7 @@
 // to 113 of the 119 products per nanosecond that the two instructions allow, 1.9 to 2.0 times torch's float32, one row
 // 2.0 to 8.4 times.
 #include "kernels.h"
+#include "codes.h"
 #include "vec_avx2.h"
 #include "rows.inl"
 #include "exponential.inl"
@@ -61,6 +62,19 @@ void pack_panel(const int8_t* weight, int64_t n, int64_t k, int64_t panel, int8_
 #include "float_direct.inl"
 #include "float_linear.inl"
 
+namespace {
+
+// How many codes and rows a product may read where fewer remain.
+constexpr int64_t kCodesRead = 16, kRowsRead = 1;
+
+}  // namespace
+
+#include "codes_finish.inl"
+#include "conv.inl"
+#include "depthwise_plain.inl"
+#include "depthwise.inl"
+#include "codes_simple.inl"
+
 namespace mono_quant {
 
 #ifdef MONO_QUANT_AVX_VNNI
@@ -71,7 +85,7 @@ const KernelTable kAvx2Kernels = {
     "avx2", 80e3,
 #endif
     quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
-    float_linear_scratch_bytes, float_linear, embedding,
+    float_linear_scratch_bytes, float_linear, embedding, &kCodeKernels,
 };
 
 }  // namespace mono_quant

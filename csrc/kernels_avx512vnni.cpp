@@ -6,6 +6,7 @@
 // inputs, outputs); one row 3.4 (768x768) and 8.2 (4096x4096) times float32. On one Zen 5 core 470 to 520 of the 540
 // products per nanosecond that vpdpbusd allows, 8.3 to 9.0 times float32; one row 3.3 and 15 times.
 #include "kernels.h"
+#include "codes.h"
 #include "vec_avx512.h"
 #include "rows.inl"
 #include "exponential.inl"
@@ -45,11 +46,24 @@ inline void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t*
 #include "float_direct.inl"
 #include "float_linear.inl"
 
+namespace {
+
+// How many codes and rows a product may read where fewer remain.
+constexpr int64_t kCodesRead = 4, kRowsRead = 1;
+
+}  // namespace
+
+#include "codes_finish.inl"
+#include "conv.inl"
+#include "depthwise_vnni.inl"
+#include "depthwise.inl"
+#include "codes_simple.inl"
+
 namespace mono_quant {
 
 const KernelTable kAvx512VnniKernels = {
     "avx512vnni", 180e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
-    float_linear_scratch_bytes, float_linear, embedding,
+    float_linear_scratch_bytes, float_linear, embedding, &kCodeKernels,
 };
 
 }  // namespace mono_quant

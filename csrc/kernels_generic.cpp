@@ -3,6 +3,7 @@
 // Bound of the linear: the rate of 16-bit multiply-adds, which the compiler finds in the dot products below. Measured
 // as in kernels_avx512vnni.cpp, on SSE2 against float32 in AVX-512: 0.3 to 0.4 of its speed. It saves memory, not time.
 #include "kernels.h"
+#include "codes.h"
 #include "vec_generic.h"
 #include "rows.inl"
 #include "exponential.inl"
@@ -89,11 +90,24 @@ void plain_tile(const int16_t* a, int64_t lda, int64_t rows, const int8_t* weigh
 #include "float_direct.inl"
 #include "float_linear.inl"
 
+namespace {
+
+// How many codes and rows a product may read where fewer remain.
+constexpr int64_t kCodesRead = 16, kRowsRead = 1;
+
+}  // namespace
+
+#include "codes_finish.inl"
+#include "conv.inl"
+#include "depthwise_plain.inl"
+#include "depthwise.inl"
+#include "codes_simple.inl"
+
 namespace mono_quant {
 
 const KernelTable kGenericKernels = {
     "generic", 15e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
-    float_linear_scratch_bytes, float_linear, embedding,
+    float_linear_scratch_bytes, float_linear, embedding, &kCodeKernels,
 };
 
 }  // namespace mono_quant

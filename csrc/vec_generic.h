@@ -43,6 +43,8 @@ inline F32 bits_to_f32(I32 a) { return (F32)a; }
 
 inline I32 load_i8(const int8_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
 
+inline I32 load_u8(const uint8_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
+
 inline uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 inline float float_of(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 

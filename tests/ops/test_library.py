@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from mono_quant import ops
 from mono_quant.core import pack_int32, pack_tiles, quantize_weight_groupwise, quantize_weight_int8
+from tests.ops.code_chains import chain
 from tests.ops.operands import OPS, ConvWeight, LinearWeight
 
 
@@ -39,6 +41,11 @@ def table(indices: Tensor, symmetric: bool, dtype: torch.dtype) -> tuple[Any, ..
     quantized = quantize_weight_int8(torch.randn(10, 6), symmetric)
     zero_point = None if quantized.zero_point is None else quantized.zero_point[:, None]
     return indices, quantized.codes, quantized.scale[:, None], zero_point, dtype
+
+
+def chain_arguments(batch: int) -> tuple[Any, ...]:
+    case = chain(batch)
+    return case.inputs, case.constants, case.program
 
 
 CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
@@ -86,6 +93,11 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (torch.randn(3, 10), torch.randn(5, 10).half(), torch.randn(5)),
         lambda: (torch.randn(2, 3, 10).bfloat16(), torch.randn(5, 10).half(), None),
     ],
+    "run_codes": [
+        lambda: chain_arguments(1),
+        lambda: chain_arguments(3),
+        lambda: chain_arguments(0),
+    ],
 }  # fmt: skip
 
 EACH_CASE = [
@@ -108,7 +120,7 @@ def test_opcheck(name: str, case: Callable[[], tuple[Any, ...]]) -> None:
 def test_the_shape_function_tells_shape_dtype_and_strides(name: str, case: Callable[[], tuple[Any, ...]]) -> None:
     arguments, operator = case(), getattr(OPS, name)
     with FakeTensorMode() as mode:
-        fake = operator(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments])
+        fake = operator(*tree_map_only(Tensor, mode.from_tensor, arguments))
     real = operator(*arguments)
     for expected, found in zip(*[(r,) if isinstance(r, Tensor) else r for r in (fake, real)], strict=True):
         assert (expected.shape, expected.dtype) == (found.shape, found.dtype)

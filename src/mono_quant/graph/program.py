@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Final, Self
 
 import torch
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 
 from mono_quant.calibration.batches import describe_value
 from mono_quant.errors import CheckpointError, InputError, MonoQuantError
+from mono_quant.graph.fused import FusedRun, fuse_steps
 from mono_quant.graph.layers import KINDS, Layer
 from mono_quant.graph.layers.checks import require_sound
 from mono_quant.graph.layers.layer import build_layer
+from mono_quant.ops import get_backend
 
 FORMAT_VERSION: Final = 1
+
+_lock = Lock()
 
 
 @dataclass(frozen=True)
@@ -62,28 +67,79 @@ class StaticGraph(nn.Module):
         self.input_names = tuple(inputs)
         self.output = output
         self._values = max([len(inputs) - 1, *(step.output for step in steps)]) + 1
-        self._released = _last_uses(self.steps, set(numbers_in(output)))
+        released = _last_uses(self.steps, set(numbers_in(output)))
+        self._calls = tuple(zip(self.steps, layers, released, strict=True))
+        self._runs: dict[int, FusedRun] | None = None
+        self._unfit: set[int] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         values: list[Any] = [None] * self._values
         given = self._bind(args, kwargs)
         values[: len(self.input_names)] = given
         name = ""
+        runs = self._fused_runs(given)
+        index = 0
         try:
-            for step, layer, released in zip(self.steps, self.layers, self._released, strict=True):
+            while index < len(self._calls):
+                run = runs.get(index)
+                if run is not None and self._run_fused(run, values):
+                    index = run.stop
+                    continue
+                step, layer, released = self._calls[index]
                 name = step.name
                 values[step.output] = layer(*[values[number] for number in step.inputs])
                 for number in released:
                     values[number] = None
+                index += 1
         except (MonoQuantError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            self._unfit.clear()  # it was not the fused run that did not suit the input
             raise InputError(
                 f"the static graph failed at {name!r} on {', '.join(map(describe_value, given))}: "
                 f"{(str(error).strip() or type(error).__name__).splitlines()[0]}",
                 suggestion="Inputs must have the dimensions, channels and dtypes of the calibration data.",
             ) from error
         return output_of(self.output, values)
+
+    def _fused_runs(self, given: list[Any]) -> dict[int, FusedRun]:
+        """Answer the runs in use, by their first step; none where the native kernels do not run."""
+        if get_backend() != "native" or not all(isinstance(x, Tensor) and x.device.type == "cpu" for x in given):
+            return {}
+        runs = self._runs
+        if runs is not None and all(run.current for run in runs.values()):
+            return runs
+        with _lock:
+            if self._runs is None or not all(run.current for run in self._runs.values()):
+                layers = [layer for _, layer, _ in self._calls]
+                if any(b.device.type != "cpu" for b in self.buffers()):
+                    return {}
+                released = [numbers for _, _, numbers in self._calls]
+                made = fuse_steps(self.steps, layers, released, set(numbers_in(self.output)))
+                self._runs = {run.start: run for run in made}
+            return self._runs
+
+    def _run_fused(self, run: FusedRun, values: list[Any]) -> bool:
+        """Run several steps as one; answer whether that could be done."""
+        if run.start in self._unfit:
+            return False
+        try:
+            run(values)
+        except RuntimeError as error:
+            if "NaN" in str(error):
+                raise InputError("a statically quantized layer met NaN in an input; 8-bit codes have no NaN") from error
+            # Inputs that are not images, or sums that broadcast: each step by itself takes those or says what is wrong.
+            self._unfit.add(run.start)
+            return False
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runs": None, "_calls": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        released = _last_uses(self.steps, set(numbers_in(self.output)))
+        self._calls = tuple(zip(self.steps, [_layer(x) for x in self.layers], released, strict=True))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         given = dict(zip(self.parameter_names, args, strict=False)) | kwargs

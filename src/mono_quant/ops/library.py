@@ -15,6 +15,7 @@ from torch.library import Library, register_fake
 
 from mono_quant.core.packing import TILE_IN, TILE_OUT
 from mono_quant.ops import reference
+from mono_quant.ops.codes import run_codes_shape
 
 NAMESPACE = "mono_quant"
 
@@ -33,6 +34,7 @@ SCHEMAS: dict[str, str] = {
     "linear_weight_only": "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, "
     "Tensor? bias, int in_features, int bits, int group_size) -> Tensor",
     "linear_half": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "run_codes": "(Tensor[] inputs, Tensor constants, str program) -> Tensor[]",
 }
 
 REFERENCE: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in SCHEMAS}
@@ -124,6 +126,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "conv_dynamic": _conv_dynamic_shape,
     "linear_weight_only": _linear_weight_only_shape,
     "linear_half": _linear_half_shape,
+    "run_codes": run_codes_shape,
 }
 
 # Compiled graphs must hand the operators the strides that eager mode would.

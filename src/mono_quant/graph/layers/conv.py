@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mono_quant.core.packing import TILE_IN, TILE_OUT, pack_tiles, unpack_tiles
 from mono_quant.graph.arithmetic import LARGEST_CODE, Activation, QParams, memory_format, round_to_codes
-from mono_quant.graph.layers.packed import PackedLayer
+from mono_quant.graph.layers.packed import MAX_EXACT_TAPS, PackedLayer
+from mono_quant.ops.codes import ALIGNMENT, LARGEST_KERNEL
 
 _FLOAT_CONVS: Final[tuple[Callable[..., Tensor], ...]] = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -131,7 +133,7 @@ class QuantizedConvolution(PackedLayer):
 
     def __init__(self, spec: ConvSpec, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(spec, weight=weight, weight_scale=weight_scale, bias=bias)
-        self._shape = tuple(weight.shape)
+        self._shape = weight.shape
         self._no_zero_points = torch.zeros(weight.shape[0], dtype=torch.int64)
         self._plan = _plan(spec)
 
@@ -168,6 +170,40 @@ class QuantizedConvolution(PackedLayer):
     def reference(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Answer what :func:`conv_reference` specifies."""
         return conv_reference(x, other, self.codes, self.weight_scale, self.bias, self.spec)
+
+    def is_depthwise(self) -> bool:
+        """Say whether each channel is convolved by itself, once."""
+        return self._shape[1] == 1 and self.spec.groups == self._shape[0] > 1
+
+    def has_tiles(self) -> bool:
+        """Say whether the native kernels have a layout for the layer."""
+        spec = self.spec
+        plain = spec.groups == 1 or (self.is_depthwise() and self._shape[2:].numel() <= LARGEST_KERNEL)
+        answers = spec.output is not None or spec.activation.name == "none"
+        bounded = spec.other is None or spec.activation.name in ("none", "relu", "clamp")
+        return len(self._shape) == 4 and plain and answers and bounded and self._shape[1:].numel() <= MAX_EXACT_TAPS
+
+    def tiles_size(self) -> int:
+        """Answer the bytes of :meth:`tiles`."""
+        outputs, inputs = self._shape[0], self._shape[1:].numel()
+        if self.is_depthwise():
+            return inputs * (-(-outputs // ALIGNMENT) * ALIGNMENT)
+        return -(-outputs // TILE_OUT) * TILE_OUT * -(-inputs // TILE_IN) * TILE_IN
+
+    def tiles(self) -> Tensor:
+        """Answer the weight as the native kernels want it; see :class:`mono_quant.ops.codes.ConvStep`."""
+        weight = self.codes
+        if self.is_depthwise():
+            rows = weight.flatten(1).t()
+            return F.pad(rows, (0, -rows.shape[1] % ALIGNMENT)).contiguous()
+        return pack_tiles(weight.permute(0, 2, 3, 1).flatten(1).contiguous())
+
+    def _untile(self, tiles: Tensor) -> Tensor:
+        outputs, inputs, *kernel = self._shape
+        if self.is_depthwise():
+            return tiles[:, :outputs].t().reshape(self._shape).contiguous()
+        plain = unpack_tiles(tiles, outputs, self._shape[1:].numel())
+        return plain.reshape(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
 
     def _pack(self, weight: Tensor, shape: list[int]) -> Tensor:
         spec = self.spec

@@ -24,6 +24,7 @@ class PackedLayer(Layer):
     """
 
     weight_scale: Tensor
+    _retire: Callable[[], None] | None = None
 
     def _pack(self, weight: Tensor, shape: list[int]) -> Tensor:
         """Answer ``weight`` in the layout that oneDNN wants for inputs of a shape."""
@@ -38,6 +39,8 @@ class PackedLayer(Layer):
 
         ``None`` where the specification is to run. Inputs of other shapes are right too, if slower by a reordering.
         """
+        if self._retire is not None:
+            self.unpack()
         packed = self._buffers.get("packed_weight")
         if packed is not None:
             return packed
@@ -57,27 +60,52 @@ class PackedLayer(Layer):
                 return None
             with torch.inference_mode(False), torch.no_grad():
                 packed = self._pack(weight, list(x.shape))
-            self._non_persistent_buffers_set.add("packed_weight")
-            self._buffers["packed_weight"] = packed
-            del self._buffers["weight"]
+            self._hold(packed)
             return packed
+
+    def _hold(self, packed: Tensor) -> None:
+        self._non_persistent_buffers_set.add("packed_weight")
+        self._buffers["packed_weight"] = packed
+        del self._buffers["weight"]
+
+    def _untile(self, tiles: Tensor) -> Tensor:
+        """Answer the plain layout of what :meth:`adopt_tiles` took."""
+        raise NotImplementedError
+
+    def adopt_tiles(self, tiles: Tensor, retire: Callable[[], None]) -> None:
+        """Hold the weight in the layout of the native kernels, inside memory that belongs to ``retire``'s owner.
+
+        Args:
+            tiles: The weight in that layout.
+            retire: Called when the layer lets go of it.
+        """
+        self.unpack()
+        with _lock:
+            self._hold(tiles)
+            self._retire = retire
+
+    def _plain(self, packed: Tensor) -> Tensor:
+        return self._unpack(packed) if packed.is_mkldnn else self._untile(packed)
 
     def unpack(self) -> None:
         """Go back to the plain layout; the next run packs again."""
         with _lock:
             packed = self._buffers.get("packed_weight")
             if packed is not None:
-                plain = self._unpack(packed)
+                plain = self._plain(packed)
                 others = {name: t for name, t in self._buffers.items() if name != "packed_weight"}
                 self._buffers.clear()
                 self._buffers.update({"weight": plain, **others})
+            if self._retire is not None:
+                self._retire()
+                self._retire = None
 
     @property
     def codes(self) -> Tensor:
         """The weight's int8 codes, output channels first."""
         packed = self._buffers.get("packed_weight")
         if packed is not None:
-            return self._unpack(packed)
+            return self._plain(packed)
         codes = self._buffers["weight"]
         assert codes is not None
         return codes
@@ -105,6 +133,7 @@ class PackedLayer(Layer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
+        state.pop("_retire", None)
         if "packed_weight" in self._buffers:
             others = {name: t for name, t in self._buffers.items() if name != "packed_weight"}
             state["_buffers"] = {"weight": self.codes, **others}
