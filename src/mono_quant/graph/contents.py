@@ -83,7 +83,7 @@ def described_tensors(description: Mapping[str, Any]) -> dict[str, tuple[str, li
             for _, prefix, layer in _described_layers(description)
             for name, (dtype, shape) in layer["tensors"].items()
         }
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"the description of a static model is damaged: {error!r}") from error
 
 
@@ -113,7 +113,7 @@ def described_ranges(description: Mapping[str, Any]) -> dict[str, StaticRange]:
             if "weight" in layer["tensors"] and spec.get("input") is not None:
                 output = spec.get("output")
                 ranges[name] = StaticRange(_range(spec["input"]), None if output is None else _range(output))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"the description of a static model is damaged: {error!r}") from error
     return ranges
 

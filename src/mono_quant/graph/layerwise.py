@@ -161,8 +161,12 @@ def quantize_layerwise(
         memo[id(module)] = made.stand_in_for(module)
         report.layers.append(name)
         report.energies[name] = made.codes.error_energy(module.weight)  # type: ignore[arg-type]
+    return _copy(model, memo).eval()
+
+
+def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
-        return copy.deepcopy(model, memo).eval()
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(f"the model ({type(model).__name__}) cannot be copied: {error}") from error
 
@@ -219,4 +223,4 @@ def put_layers(model: nn.Module, descriptions: dict[str, Any]) -> nn.Module:
     memo: dict[int, Any] = {}
     for name, description in descriptions.items():
         memo[id(modules[name])] = StaticLayer.from_description(description).stand_in_for(modules[name])
-    return copy.deepcopy(model, memo)
+    return _copy(model, memo)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from mono_quant.errors import CheckpointError, InputError
+from mono_quant.errors import CheckpointError, InputError, MonoQuantError
 from mono_quant.graph.layerwise import describe_layers, put_layers
 from mono_quant.graph.program import StaticGraph
 
@@ -49,6 +49,8 @@ def restore_static(description: dict[str, Any], model: nn.Module | None = None) 
                     suggestion="Pass the float model.",
                 )
             return put_layers(model, description["layers"]).eval()
-    except (KeyError, TypeError, AttributeError) as error:
+    except MonoQuantError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"the description of a static model is damaged: {error!r}") from error
     raise CheckpointError(f"the description of a static model is of kind {kind!r}, expected graph or layers")

@@ -98,7 +98,7 @@ def parse_header(text: str, path: object) -> CheckpointHeader:
             unknown fields or values of the wrong type.
     """
     try:
-        document = json.loads(text)
+        document = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the {HEADER_KEY} header is not JSON ({error})") from error
     if not isinstance(document, dict):
@@ -122,6 +122,10 @@ def parse_header(text: str, path: object) -> CheckpointHeader:
     if static_layers and header.static is None:
         raise reader.fail(f"layer {static_layers[0]!r} of the header is static, and the header does not describe how")
     return header
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}")
 
 
 def _require_version(found: object, path: object) -> None:
