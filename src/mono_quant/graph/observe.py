@@ -85,12 +85,14 @@ def observe(
         QuantizationError: A value is not finite; names where.
     """
     interpreter = _Watching(captured.module, statistics)
+    interpreter.extra_traceback = False  # it would be appended to every message
     with torch.no_grad():
         for index, batch in enumerate(batches):
             try:
                 interpreter.run(*_ordered(captured, batch))
-            except MonoQuantError:
-                raise
+            except MonoQuantError as error:
+                what = f"calibration batch {index} ({batch.describe()}): {error.message}"
+                raise type(error)(what, error.suggestion) from error
             except Exception as error:
                 raise InputError(
                     f"the model failed on calibration batch {index} ({batch.describe()}): "
