@@ -289,7 +289,9 @@ def numbers_in(structure: Any) -> list[int]:
     """Answer the numbers of the values in an answer's structure."""
     kind, content = structure
     if kind == "value":
-        return [int(content)]
+        if type(content) is not int:
+            raise ValueError(f"value {content!r}")
+        return [content]
     if kind == "constant":
         return []
     if kind not in ("dict", "fields", "list", "tuple"):
