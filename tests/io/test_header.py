@@ -68,7 +68,9 @@ def scheme(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 999])
 def test_a_newer_version_is_refused_by_name_with_the_way_out(version: int) -> None:
-    with pytest.raises(CheckpointError, match=f"x.safetensors has format_version {version}; .* versions 1 to 2") as caught:
+    with pytest.raises(
+        CheckpointError, match=f"x.safetensors has format_version {version}; .* versions 1 to 2"
+    ) as caught:
         parse_header(json.dumps(document(format_version=version, anything=[1])), "x.safetensors")
     assert "newer mono-quant" in (caught.value.suggestion or "")
 

@@ -177,6 +177,9 @@ def _require_same_model(checkpoint: Checkpoint, graph: StaticGraph, architecture
     problems = [f"its forward takes no {name!r}" for name in graph.input_names if name not in parameters]
     modules: Mapping[str, nn.Module] = dict(architecture.named_modules())
     weights = static_weights(graph)
+    # Functions that are called without a layer of their own have names without dots.
+    missing = [weight.name for weight in weights if "." in weight.name and weight.name not in modules]
+    problems += [f"it has no layer {name!r}" for name in missing]
     if not any(weight.name in modules for weight in weights):
         problems.append("it has none of the graph's layers")
     for weight in weights:
