@@ -70,12 +70,6 @@ def test_an_index_outside_the_table_is_an_index_error_as_in_pytorch(
         bag(indices)
 
 
-def test_indices_of_another_dtype_are_an_error(backend: str) -> None:
-    layer = quantize_embedding_module(nn.Embedding(5, 3))
-    with pytest.raises(RuntimeError):
-        layer(torch.tensor([1.0]))
-
-
 def test_indices_of_any_strides_work(backend: str) -> None:
     layer = quantize_embedding_module(nn.Embedding(20, 6))
     indices = torch.randint(0, 20, (4, 10))

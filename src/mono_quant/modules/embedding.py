@@ -12,6 +12,7 @@ from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.mappers import QINT8
 from mono_quant.errors import InputError
 from mono_quant.modules.base import QuantizedModule, require_module, scheme_from_dtype
+from mono_quant.modules.inputs import describe, require_indices
 
 
 class _QuantizedTable(QuantizedModule):
@@ -51,8 +52,10 @@ class _QuantizedTable(QuantizedModule):
         """Answer the rows at ``indices``, ``[..., embedding_dim]`` in ``dtype``.
 
         Raises:
+            InputTypeError: The indices are not int32 or int64.
             IndexError: An index is negative or beyond the table, as in ``nn.Embedding``.
         """
+        require_indices(self, indices)
         if self.weight_scale is None:
             return F.embedding(indices, self.codes).to(dtype)
         if dtype == torch.float64:
@@ -64,7 +67,7 @@ class _QuantizedTable(QuantizedModule):
         except RuntimeError as error:
             # Native kernels cannot raise Python's own exception types.
             if "out of range" in str(error):
-                raise IndexError(str(error)) from error
+                raise IndexError(f"{describe(self)}: {str(error).removeprefix('mono_quant: ')}") from error
             raise
         return rows
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mono_quant.core.layer_scheme import BFLOAT16, LayerScheme
 from mono_quant.core.mappers import QINT8
-from mono_quant.errors import InputError
 from mono_quant.modules.base import require_module, scheme_from_dtype
+from mono_quant.modules.inputs import FLOATS, forward_other
 from mono_quant.modules.packed import PackedWeight
 
 
@@ -83,27 +83,27 @@ class QuantizedLinear(PackedWeight):
         return cls.from_float(require_module(module, nn.Linear), scheme_from_dtype(dtype, symmetric))
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[-1] != self.in_features:
-            # Tiles are padded: the kernels cannot tell a row of the wrong length from a right one.
-            raise InputError(
-                f"{type(self).__name__} expects [..., {self.in_features}], found an input of shape {list(input.shape)}"
-            )
-        if input.dtype == torch.float64:
-            # The arithmetic is float32 throughout; wider inputs are taken, and answered in their dtype.
-            return self.forward(input.float()).double()
-        if self.scheme.kind == BFLOAT16:
-            return self._in_bfloat16(input)
-        if self.weight_scale is None:
-            half: Tensor = torch.ops.mono_quant.linear_half(input, self._buffers["weight"], self.bias)
+        if input.dtype not in FLOATS or not input.dim() or input.shape[-1] != self.in_features:
+            return forward_other(self, input, self.in_features)
+        # Not by attribute: nn.Module finds a buffer only after it has looked everywhere else.
+        buffers = self._buffers
+        scale = buffers.get("weight_scale")
+        bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401 (reads the attribute only then)
+        if scale is None:
+            if self.scheme.kind == BFLOAT16:
+                return self._in_bfloat16(input)
+            half: Tensor = torch.ops.mono_quant.linear_half(input, buffers["weight"], bias)
             return half
+        zero_point = buffers.get("weight_zero_point")
         packed = self._packed_weight()
         if packed is None:
-            plain: Tensor = torch.ops.mono_quant.linear_dynamic(
-                input, self._buffers["weight"], self.weight_scale, self.weight_zero_point, self.bias, self.activation
+            plain: Tensor = torch.ops.mono_quant.linear_dynamic.default(
+                input, self._buffers["weight"], scale, zero_point, bias, self.activation
             )
             return plain
-        out: Tensor = torch.ops.mono_quant.linear_dynamic_packed(
-            input, *packed, self.weight_scale, self.weight_zero_point, self.bias, self.out_features, self.activation
+        tiles, column_sum = packed
+        out: Tensor = torch.ops.mono_quant.linear_dynamic_packed.default(
+            input, tiles, column_sum, scale, zero_point, bias, self.out_features, self.activation
         )
         return out
 

@@ -13,6 +13,7 @@ from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.core.quantizers import quantize_weight_groupwise
 from mono_quant.errors import ConfigurationError
 from mono_quant.modules.base import QuantizedModule, require_module
+from mono_quant.modules.inputs import FLOATS, forward_other
 from mono_quant.modules.linear import build_linear
 
 
@@ -86,11 +87,13 @@ class WeightOnlyLinear(QuantizedModule):
         return QuantizedTensor(codes, self.weight_scale, self.weight_zero_point, 0, self.group_size, self.scheme.bits)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype == torch.float64:
-            return self.forward(input.float()).double()
-        out: Tensor = torch.ops.mono_quant.linear_weight_only(
-            input, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.in_features,
-            self.scheme.bits, self.group_size,
+        if input.dtype not in FLOATS or not input.dim() or input.shape[-1] != self.in_features:
+            return forward_other(self, input, self.in_features)
+        buffers = self._buffers
+        bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401 (reads the attribute only then)
+        out: Tensor = torch.ops.mono_quant.linear_weight_only.default(
+            input, buffers["weight_packed"], buffers["weight_scale"], buffers.get("weight_zero_point"),
+            bias, self.in_features, self.scheme.bits, self.group_size,
         )  # fmt: skip
         return out
 
