@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from mono_quant.report import decibels, named_tensors
 from mono_quant.report.sensitivity import TensorError
+
+# Positions whose divergence is computed at a time.
+_ROWS: Final = 256
 
 
 @dataclass
@@ -79,11 +82,14 @@ class Outputs:
         """Answer the summed divergence of the logits in nats, and the number of positions; zeros without logits."""
         if self.logits is None or self.logits not in exact:
             return 0.0, 0
-        first = exact[self.logits].detach().float().log_softmax(dim=-1)
-        second = approximate[self.logits].detach().float().log_softmax(dim=-1)
-        # Classes that are masked in both have no probability; infinity less infinity is no number.
-        terms = torch.where(first == -math.inf, 0.0, first.exp() * (first - second))
-        return float(terms.sum(dtype=torch.float64)), first.numel() // first.shape[-1]
+        pair = [answer[self.logits].detach().flatten(0, -2) for answer in (exact, approximate)]
+        total = 0.0
+        for rows in zip(*(logits.split(_ROWS) for logits in pair), strict=True):
+            # Differences of a millionth of a nat need more digits than float32 has.
+            first, second = (row.double().log_softmax(dim=-1) for row in rows)
+            # Classes that are masked in both have no probability; infinity less infinity is no number.
+            total += float(torch.where(first == -math.inf, 0.0, first.exp() * (first - second)).sum())
+        return max(0.0, total), len(pair[0])
 
 
 def _scale(tensor: Tensor) -> float:

@@ -58,7 +58,7 @@ class WorkingCopy:
         self._current: dict[str, str] = {unit.name: FLOAT for unit in units}
         self._parameters = self._parameter_states()
         self._buffers = [
-            (module, name, buffer, buffer._version, buffer.clone())
+            (module, name, buffer, buffer.clone())
             for module in self._root.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
@@ -153,8 +153,9 @@ class WorkingCopy:
 
     def _restore_buffers(self) -> None:
         # Running statistics change where someone calls train(): the next run must not see that.
-        for position, (module, name, buffer, version, value) in enumerate(self._buffers):
-            if module._buffers.get(name) is not buffer or buffer._version != version:
-                restored = value.clone()
-                module._buffers[name] = restored
-                self._buffers[position] = (module, name, restored, restored._version, value)
+        # By their values: batch normalisation does not count what it changes in them.
+        for module, name, buffer, value in self._buffers:
+            if module._buffers.get(name) is not buffer or not torch.equal(buffer, value):
+                module._buffers[name] = buffer
+                with torch.inference_mode(False), torch.no_grad():
+                    buffer.copy_(value)

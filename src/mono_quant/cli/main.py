@@ -16,6 +16,7 @@ from mono_quant.cli.compare import compare
 from mono_quant.cli.info import info
 from mono_quant.cli.output import Output
 from mono_quant.cli.quantize import quantize
+from mono_quant.cli.sensitivity import sensitivity
 from mono_quant.cli.validate import validate
 from mono_quant.errors import MonoQuantError, ValidationError
 
@@ -24,9 +25,19 @@ UNEXPECTED, INPUT_ERROR, VALIDATION_FAILED, INTERRUPTED = 1, 3, 4, 130
 # Options of the library that the command line has too.
 _OPTIONS: Final = (
     "algorithm", "allow_pickle", "bits", "calibration_data", "compute_dtype", "correct_bias", "dynamic", "equalize",
-    "group_size", "include", "max_drop", "min_parameters", "num_calibration_samples", "observer", "skip",
+    "eval_fn", "formats", "group_size", "include", "max_bytes", "max_drop", "min_parameters", "min_sqnr_db",
+    "num_calibration_samples", "objective", "observer", "resume", "seed", "skip",
 )  # fmt: skip
-_RENAMED: Final = {"calibration_data": "calibrate", "num_calibration_samples": "calibration-samples"}
+_RENAMED: Final = {"calibration_data": "calibrate", "eval_fn": "eval", "num_calibration_samples": "calibration-samples"}
+# Those that are no words of the language are meant even without a sign of equality.
+_UNMISTAKABLE: Final = (
+    "calibration_data",
+    "eval_fn",
+    "max_bytes",
+    "max_drop",
+    "min_sqnr_db",
+    "num_calibration_samples",
+)
 _VALUE: Final = r"['\"]?[\w+-]+(?:\.\w+)*['\"]?"
 
 EPILOG = """\b
@@ -79,8 +90,7 @@ def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
 def _in_options(text: str) -> str:
     """Spell the library's options as the command line does."""
     text = re.sub(rf"\b({'|'.join(_OPTIONS)})=(?:({_VALUE})|(?=[\s.,;:)]|$))", _option, text)
-    # Without a sign of equality only names that are no words of the language.
-    return re.sub(r"\b(calibration_data|num_calibration_samples)\b", _option, text)
+    return re.sub(rf"\b({'|'.join(_UNMISTAKABLE)})\b", _option, text)
 
 
 def _option(match: re.Match[str]) -> str:
@@ -124,7 +134,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
     del debug  # Commands.invoke reads it
 
 
-for command in (quantize, info, compare, validate):
+for command in (quantize, sensitivity, info, compare, validate):
     cli.add_command(command)
 
 

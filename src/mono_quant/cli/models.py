@@ -191,11 +191,11 @@ def _module_from_factory(argument: str) -> tuple[nn.Module, Any]:
     return answer.eval(), inputs
 
 
-def _call(argument: str, what: str) -> Any:
-    """Answer what ``package.module:factory`` answers; a module may also stand there itself.
+def find_object(argument: str, what: str) -> Any:
+    """Answer what stands under a name of the form ``package.module:name``.
 
     Raises:
-        InputError: It cannot be imported, is not there, cannot be called, or raises; names it and the cause.
+        InputError: It cannot be imported or is not there; names it and the cause.
     """
     module_name, _, attribute = argument.partition(":")
     if not module_name or not attribute:
@@ -215,6 +215,17 @@ def _call(argument: str, what: str) -> Any:
         # Foreign code: whatever it does, and be it sys.exit() on import, is not for this command to mend.
         except (Exception, SystemExit) as error:
             raise InputError(f"importing {what} {argument!r} raised {type(error).__name__}: {error}") from error
+    return found
+
+
+def _call(argument: str, what: str) -> Any:
+    """Answer what ``package.module:factory`` answers; a module may also stand there itself.
+
+    Raises:
+        InputError: It cannot be imported, is not there, cannot be called, or raises; names it and the cause.
+    """
+    found = find_object(argument, what)
+    with _importing_from_current_directory():
         try:
             return found if isinstance(found, nn.Module) else found()
         except (Exception, SystemExit) as error:
@@ -242,6 +253,7 @@ __all__ = [
     "call_loader",
     "choose_inputs",
     "existing_path",
+    "find_object",
     "is_factory",
     "load",
     "load_architecture",

@@ -47,7 +47,7 @@ class Output:
 
     def document(self, values: dict[str, Any]) -> None:
         """Print the result of a command as JSON. Numbers that JSON does not have (infinity, NaN) become null."""
-        click.echo(json.dumps(_plain(values), indent=2, allow_nan=False))
+        click.echo(json.dumps(plain(values), indent=2, allow_nan=False))
 
     def facts(self, title: str, pairs: Sequence[tuple[str, str]]) -> None:
         """Print a title and aligned pairs of a name and a value."""
@@ -136,11 +136,12 @@ def _console(stream: Any) -> Console:
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Answer a value that JSON can hold: what is not finite becomes ``None``, what is no plain value its text."""
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -201,4 +202,14 @@ def grouped(items: Mapping[str, str]) -> dict[str, list[str]]:
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
-__all__ = ["Output", "Report", "decibels_text", "grouped", "layer_facts", "names_text", "seconds_text", "size_text"]
+__all__ = [
+    "Output",
+    "Report",
+    "decibels_text",
+    "grouped",
+    "layer_facts",
+    "names_text",
+    "plain",
+    "seconds_text",
+    "size_text",
+]

@@ -16,6 +16,7 @@ from mono_quant.cli.calibration import calibration_options, load_calibration, st
 from mono_quant.cli.models import LoadedModel, is_factory, load, load_architecture
 from mono_quant.cli.options import json_option, loading_options
 from mono_quant.cli.output import Output, decibels_text, layer_facts, seconds_text, size_text
+from mono_quant.cli.search import SearchChoices, search_facts, search_options, search_table, telling
 from mono_quant.core import QuantizationInfo
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.integrations.transformers import is_transformers_model
@@ -50,6 +51,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 @click.option("--min-parameters", type=int, default=0, help="Leave layers with fewer weights in float.")
 @click.option("--compute-dtype", type=click.Choice(list(_DTYPES)), help="Cast what stays in float.")
 @calibration_options
+@search_options
 @click.option("--strict", is_flag=True, help="A low signal-to-noise ratio is an error instead of a warning.")
 @click.option(
     "--output", "-o", "output_path", type=click.Path(path_type=Path), metavar="PATH",
@@ -76,6 +78,7 @@ def quantize(
     observer: str | None,
     equalize: bool | None,
     correct_bias: bool | None,
+    search: SearchChoices,
     strict: bool,
     output_path: Path | None,
     force: bool,
@@ -89,6 +92,7 @@ def quantize(
     monoquant quantize path/to/transformers_directory --skip lm_head --bits 4
     monoquant quantize mypackage.models:build --output small.safetensors
     monoquant quantize mypackage.models:build --calibrate images.npy
+    monoquant quantize mypackage.models:build --calibrate images.npy --eval mypackage.data:accuracy --max-drop 0.01
     """
     argument = _one_model(model, model_option)
     path = _choose_output(argument, output_path, force)
@@ -113,8 +117,9 @@ def quantize(
             observer=observer,
             equalize=equalize,
             correct_bias=correct_bias,
-            inplace=data is None,
-            progress=report,
+            **search.options(),
+            inplace=data is None and not search.wanted,
+            progress=telling(output, report) if search.wanted else report,
             accuracy_warning="error" if strict else "warn",
         )
     output.message(f"Saving {path}")
@@ -187,10 +192,14 @@ def _print(output: Output, argument: str, path: Path, result: QuantizationResult
         ("size", f"{size_text(info.bytes_before)} -> {size_text(info.bytes_after)} (ratio {_ratio(info):.3f})"),
         ("SQNR of weights", decibels_text(info.sqnr_db)),
         *static_facts(result),
+        *search_facts(result.search),
         ("time", seconds_text(info.seconds)),
     ]
     layers = layer_facts({name: str(layer.scheme) for name, layer in info.layers.items()}, info.skip_reasons)
     output.facts(argument, [*facts, *layers])
+    if result.search is not None:
+        columns, rows = search_table(result.search)
+        output.table(columns, rows, numbers=("size", "layers take", "measure", "SQNR"))
 
 
 def _ratio(info: QuantizationInfo) -> float:
@@ -227,6 +236,7 @@ def _document(argument: str, path: Path, result: QuantizationResult) -> dict[str
             for name, layer in info.layers.items()
         ],
         "skipped": [{"layer": name, "reason": reason} for name, reason in info.skip_reasons.items()],
+        "search": None if result.search is None else result.search.to_dict(),
         "warnings": result.warnings,
     }
 

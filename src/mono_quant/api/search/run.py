@@ -23,7 +23,7 @@ from mono_quant.api.result import QuantizationResult
 from mono_quant.api.search.journal import Journal, hash_batches, hash_model
 from mono_quant.api.search.measure import Measure
 from mono_quant.api.search.path import UnitCosts, build_path
-from mono_quant.api.search.walk import Walk
+from mono_quant.api.search.walk import Walk, require_room
 from mono_quant.api.working_copy import WorkingCopy
 from mono_quant.calibration import Batch
 from mono_quant.errors import ConfigurationError, InputError
@@ -55,6 +55,8 @@ def search_precision(
     seed = DEFAULT_SEED if budget.seed is None else budget.seed
     journal = Journal.open(budget.resume, _fingerprint(model, batches, units, budget, seed))
     copy = WorkingCopy(model, units)
+    if budget.max_bytes is not None:
+        require_room(copy, budget.max_bytes)
     costs = _costs(copy, batches, formats, journal, seed, progress)
     path = build_path(costs, budget.chosen_objective, uniform_assignment(units, INT8))
     needs_outputs = budget.eval_fn is None or budget.min_sqnr_db is not None

@@ -46,7 +46,7 @@ class Walk:
     ) -> None:  # fmt: skip
         self._copy, self._path, self._costs, self._budget = copy, path, costs, budget
         self._measure, self._uniform, self._progress = measure, uniform, progress
-        self._rest = model_bytes(copy.model) - sum(copy.unit_bytes(unit, FLOAT) for unit in copy.units)
+        self._rest = bytes_of_the_rest(copy)
         self.visited: list[Visited] = []
         self._float: Measured | None = None
         # The last model of the path may be the float model, which is no quantization.
@@ -58,8 +58,6 @@ class Walk:
     def run(self) -> Visited:
         """Measure what has to be measured; answer the best model, which need not keep to the budget."""
         budget, limit = self._budget, self._last
-        if budget.max_bytes is not None:
-            self._require_room(budget.max_bytes)
         if budget.eval_fn is not None:
             self._float = self._measure(dict.fromkeys(self._path.start, FLOAT), "the float model")
         if self._uniform:
@@ -114,7 +112,7 @@ class Walk:
     def _told(self, point: SearchPoint) -> str:
         measures = [] if point.value is None else [f"{point.value:.4g}"]
         measures += [] if point.sqnr_db is None else [f"{point.sqnr_db:.1f} dB"]
-        return f"{point.label}: {', '.join(measures)}, {point.bytes / 2**20:.1f} MiB"
+        return f"{point.label}: {', '.join(measures)}, {point.bytes / 2**20:.4g} MiB"
 
     def _point(self, measured: Measured, label: str) -> SearchPoint:
         budget, size = self._budget, self._bytes(measured.formats)
@@ -180,15 +178,6 @@ class Walk:
             notes=notes,
         )
 
-    def _require_room(self, limit: int) -> None:
-        smallest = self._rest + sum(min(costs.bytes.values()) for costs in self._costs.values())
-        if smallest > limit:
-            raise BudgetError(
-                f"max_bytes={limit} cannot be reached: with every layer in its smallest format the model has "
-                f"{smallest} bytes, {self._rest} of them in tensors that are not quantized",
-                suggestion="Allow more bytes, or let the search quantize more layers (include=, skip=, formats=).",
-            )
-
     def require_met(self, report: SearchReport) -> None:
         """Refuse an outcome that does not keep to the budget.
 
@@ -211,6 +200,27 @@ class Walk:
         )
         error.search = report
         raise error
+
+
+def bytes_of_the_rest(copy: WorkingCopy) -> int:
+    """Answer the bytes of all tensors that do not change with the formats."""
+    return model_bytes(copy.model) - sum(copy.unit_bytes(unit, FLOAT) for unit in copy.units)
+
+
+def require_room(copy: WorkingCopy, limit: int) -> None:
+    """Refuse a number of bytes that no choice of formats gets by with.
+
+    Raises:
+        BudgetError: The smallest formats need more.
+    """
+    rest = bytes_of_the_rest(copy)
+    smallest = rest + sum(min(copy.unit_bytes(unit, name) for name in (*unit.formats, FLOAT)) for unit in copy.units)
+    if smallest > limit:
+        raise BudgetError(
+            f"max_bytes={limit} cannot be reached: with every layer in its smallest format the model has {smallest} "
+            f"bytes, {rest} of them in tensors that are not quantized",
+            suggestion="Allow more bytes, or let the search quantize more layers (include=, skip=, formats=).",
+        )
 
 
 def _relax(budget: Budget, best: SearchPoint) -> str:
