@@ -182,6 +182,11 @@ def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def _more_dimensions(header: dict[str, Any]) -> None:
+    for name in ("stride", "padding", "dilation"):
+        step_of(header, "conv")["spec"][name] = [1, 1, 1]
+
+
 GRAPH = ("static", "model", "graph")
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "newer file": (_set("format_version", 3), "format_version 3"),
@@ -203,7 +208,11 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "zero point": (_set("@conv", "spec", "input", [1.0, 256]), "zero point"),
     "activation": (_set("@conv", "spec", "activation", ["eval", 0.0, 0.0]), "eval"),
     "stride": (_set("@conv", "spec", "stride", [0, 1]), "stride"),
-    "dimensions": (_set("@conv", "spec", "stride", [1, 1, 1]), "dimensions"),
+    "dimensions": (_set("@conv", "spec", "stride", [1, 1, 1]), "entries"),
+    "other dimensions": (_more_dimensions, "dimensions"),
+    "inputs": (_set(*GRAPH, "steps", 3, "inputs", []), "expected 1"),
+    "arguments": (_set("@call", "spec", "args", [{"input": 7}]), "arguments name more"),
+    "flag": (_set("@global_average", "spec", "keepdim", "yes"), "keepdim"),
     "groups": (_set("@conv", "spec", "groups", 7), "groups"),
     "more spec": (_set("@conv", "spec", "command", "rm"), "cannot build"),
     "shape": (_set("@conv", "tensors", "weight_scale", ["float32", [1]]), "weight_scale"),

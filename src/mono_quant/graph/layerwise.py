@@ -113,7 +113,7 @@ class StaticLayer(nn.Module):
         layer = build_layer(description["layer"], KINDS)
         made = cls(layer, QParams(*description["scale"]), description["dims"])
         for part in (layer, made.quantize):
-            require_sound(str(description["layer"]["kind"]), part)
+            require_sound(str(description["layer"]["kind"]), part, 1)
         if not isinstance(layer, QuantizedConvolution | StaticLinear) or not isinstance(made.dims, int | None):
             raise CheckpointError(f"the description of a static layer is damaged: it is a {layer.kind} step")
         return made

@@ -217,7 +217,7 @@ class StaticGraph(nn.Module):
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"the description of a static graph is damaged: {error!r}") from error
         for step, layer in zip(steps, layers, strict=True):
-            require_sound(step.name, layer)
+            require_sound(step.name, layer, len(step.inputs))
         return graph
 
 

@@ -15,20 +15,28 @@ from mono_quant.graph.layers.layer import Layer
 
 _ACTIVATIONS: Final = ("none", "relu", "clamp", "hardswish", "silu")
 _LEAST: Final = {"stride": 1, "kernel_size": 1, "dilation": 1, "padding": 0}
+_FLAGS: Final = ("keepdim", "ceil_mode", "count_include_pad", "overwrite", "bias")
+_COUNTS: Final = ("groups", "divisor_override", "in_features", "out_features")
+# What a step takes, where that does not depend on its description.
+_INPUTS: Final = {
+    "add": 2, "multiply": 2, "average_pool": 1, "dequantize": 1, "dynamic_linear": 1, "global_average": 1, "linear": 1,
+    "max_pool": 1, "pad": 1, "quantize": 1, "table": 1,
+}  # fmt: skip
 _LARGEST_SCALE: Final = torch.finfo(torch.float32).max
 
 
-def require_sound(name: str, layer: Layer) -> None:
+def require_sound(name: str, layer: Layer, inputs: int) -> None:
     """Refuse a layer whose description or tensors contradict themselves.
 
     Args:
         name: For the message.
         layer: As built from a description; its tensors need no values yet.
+        inputs: How many values it gets.
 
     Raises:
         CheckpointError: Says what is wrong.
     """
-    fault = _fault_of_spec(layer) or _fault_of_tensors(layer)
+    fault = _fault_of_spec(layer) or _fault_of_tensors(layer) or _fault_of_inputs(layer, inputs)
     if fault is not None:
         raise CheckpointError(f"the description of a static graph is damaged at step {name!r}: {fault}")
 
@@ -42,15 +50,50 @@ def _fault_of_spec(layer: Layer) -> str | None:
         elif isinstance(value, Activation):
             known = value.name in _ACTIVATIONS and all(_is_number(bound) for bound in (value.low, value.high))
             fault = None if known else f"{list(value)} is no activation"
-        elif field.name in _LEAST:
-            least = _LEAST[field.name]
-            fits = isinstance(value, list) and all(type(size) is int and size >= least for size in value)
-            fault = None if fits else f"{value!r} is not a list of integers from {least}"
-        elif field.name == "groups":
-            fault = None if type(value) is int and value >= 1 else f"{value!r} is not a positive integer"
+        else:
+            fault = _fault_of_value(field.name, value)
         if fault is not None:
             return f"{field.name}: {fault}"
+    sizes = {len(getattr(layer.spec, name)) for name in _LEAST if hasattr(layer.spec, name)}
+    return f"kernel, stride, padding and dilation have {sorted(sizes)} entries" if len(sizes) > 1 else None
+
+
+def _fault_of_value(name: str, value: Any) -> str | None:
+    if name in _LEAST:
+        fits = isinstance(value, list) and all(type(size) is int and size >= _LEAST[name] for size in value)
+        return None if fits else f"{value!r} is not a list of integers from {_LEAST[name]}"
+    if name == "pad":
+        fits = isinstance(value, list) and len(value) % 2 == 0 and all(type(size) is int for size in value)
+        return None if fits else f"{value!r} is not a list of pairs of integers"
+    if name in _FLAGS:
+        return None if type(value) is bool else f"{value!r} is neither true nor false"
+    if name in _COUNTS:
+        least = 0 if name.endswith("features") else 1
+        absent = value is None and name == "divisor_override"
+        return (
+            None if absent or (type(value) is int and value >= least) else f"{value!r} is not an integer from {least}"
+        )
     return None
+
+
+def _fault_of_inputs(layer: Layer, inputs: int) -> str | None:
+    expected = _INPUTS.get(layer.kind)
+    if layer.kind == "conv":
+        expected = 1 if layer.spec.other is None else 2
+    if expected is not None:
+        return None if inputs == expected else f"it gets {inputs} values, expected {expected}"
+    if layer.kind == "call" and _largest_input([layer.spec.args, layer.spec.kwargs]) >= inputs:
+        return f"it gets {inputs} values, and its arguments name more"
+    return None
+
+
+def _largest_input(value: Any) -> int:
+    """Answer the largest position among the inputs that the arguments of a call name; -1 if there is none."""
+    if isinstance(value, dict):
+        if value.keys() == {"input"} and type(value["input"]) is int:
+            return value["input"]
+        value = list(value.values())
+    return max(map(_largest_input, value), default=-1) if isinstance(value, list) else -1
 
 
 def _fault_of_scale(value: QParams) -> str | None:
