@@ -73,7 +73,8 @@ class CompiledDecoder:
         self._model: Any = model
         self._compiled: Any = torch.compile(model, backend=backend, dynamic=False)
         self._prompt = prompt[None]
-        self._cache = StaticCache(self._model.config, max_cache_len=len(prompt) + HORIZON)
+        config: Any = model.config
+        self._cache: Any = StaticCache(config, max_cache_len=len(prompt) + HORIZON)
         self._restart()
 
     def _restart(self) -> None:
