@@ -92,6 +92,26 @@ bool quantize_line(const float* x, int64_t stride, int64_t count, const Quantize
   return nan;
 }
 
+// A row of three planes, a pixel's codes joined in a register: it is most networks' input.
+bool quantize_colours(const QuantizeArgs& p, const float* line, uint8_t* out) {
+  constexpr int64_t kPixels = 256;
+  uint8_t codes[3][kPixels];
+  bool nan = false;
+  for (int64_t x = 0; x < p.width; x += kPixels, out += kPixels * 3) {
+    const int64_t count = mono_quant::smaller(kPixels, p.width - x);
+    for (int64_t c = 0; c < 3; ++c) {
+      nan |= quantize_line(line + x * p.stride_w + c * p.stride_c, p.stride_w, count, p, codes[c]);
+    }
+    for (int64_t j = 0; j + 1 < count; ++j) {
+      // The fourth byte is the next pixel's, which comes after.
+      const uint32_t pixel = codes[0][j] | (uint32_t)codes[1][j] << 8 | (uint32_t)codes[2][j] << 16;
+      memcpy(out + 3 * j, &pixel, 4);
+    }
+    for (int64_t c = 0; c < 3; ++c) out[3 * (count - 1) + c] = codes[c][count - 1];
+  }
+  return nan;
+}
+
 bool quantize_image(const QuantizeArgs& p, int64_t row_begin, int64_t row_end) {
   constexpr int64_t kPixels = 256;
   uint8_t codes[kPixels];
@@ -101,6 +121,10 @@ bool quantize_image(const QuantizeArgs& p, int64_t row_begin, int64_t row_end) {
     uint8_t* out = p.out + row * p.width * p.channels;
     if (p.stride_c == 1 && p.stride_w == p.channels) {
       nan |= quantize_line(line, 1, p.width * p.channels, p, out);
+      continue;
+    }
+    if (p.channels == 3) {
+      nan |= quantize_colours(p, line, out);
       continue;
     }
     for (int64_t x = 0; x < p.width; x += kPixels) {

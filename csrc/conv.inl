@@ -15,8 +15,9 @@ inline int64_t conv_depth(const ConvArgs& p) { return p.kernel_h * p.kernel_w * 
 
 // Whether a pixel of the input is a row of the product. Reading past a pixel's end must stay inside the image.
 inline bool reads_directly(const ConvArgs& p) {
-  return sizeof(Code) == 1 && p.kernel_h * p.kernel_w == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 &&
-         p.pad_w == 0 && p.channels % kCodesRead == 0;
+  const bool in_place = p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0 &&
+                        p.out_height == p.height && p.out_width == p.width;
+  return sizeof(Code) == 1 && p.kernel_h * p.kernel_w == 1 && in_place && p.channels % kCodesRead == 0;
 }
 
 inline int64_t conv_block(const ConvArgs& p, int64_t pixels) {

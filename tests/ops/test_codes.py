@@ -52,6 +52,11 @@ class TestEveryInstructionSet:
         else:
             assert torch.equal(answer, want)
 
+    @pytest.mark.parametrize("padding", [(0, 0, 1, 0), (0, 0, 0, 2), (1, 0, 0, 0), (0, 1, 0, 0)])
+    def test_a_kernel_of_one_pixel_is_padded_on_any_side(self, padding: tuple[int, int, int, int]) -> None:
+        case = conv_case(4, 2, 16, 20, (1, 1), (6, 5), padding=padding)
+        assert torch.equal(run(case)[0], wanted(case)[0])
+
     @pytest.mark.parametrize("batch", [1, 2, 7])
     @pytest.mark.parametrize("channels", [3, 8])
     def test_runs_a_chain_of_every_step_as_specified(self, batch: int, channels: int) -> None:
