@@ -20,6 +20,7 @@ from mono_quant import (
     quantize,
     revert_to_standard_modules,
     save_model,
+    static_quantize,
     validate_quantization,
 )
 from mono_quant.api import ConfigurationError, InputError, MonoQuantError, QuantizationError
@@ -52,8 +53,9 @@ PUBLIC_NAMES = {
     "mono_quant": [
         "__version__", "quantize", "QuantizationConfig", "dynamic_quantize", "revert_to_standard_modules",
         "dequantize_model", "save_model", "load_model", "ValidationResult", "validate_quantization",
-        "check_accuracy_warnings",
+        "check_accuracy_warnings", "static_quantize",
     ],
+    "mono_quant.calibration": ["run_calibration"],
     "mono_quant.api": [
         "quantize", "QuantizationResult", "MonoQuantError", "QuantizationError", "ValidationError",
         "ConfigurationError", "InputError",
@@ -89,6 +91,13 @@ def test_the_name_is_there(module: str, name: str) -> None:
     [
         (quantize, ["model", "bits", "dynamic", "scheme", "calibration_data", "show_progress"]),
         (dynamic_quantize, ["model", "dtype", "symmetric", "per_channel", "config"]),
+        (
+            static_quantize,
+            ["model", "calibration_data", "dtype", "symmetric", "per_channel", "layer_types", "skip_types",
+             "layer_names", "skip_names", "num_calibration_samples", "config", "on_failure", "run_validation",
+             "modules_to_not_convert", "skip_layer_types", "skip_layer_names", "skip_param_threshold", "group_size",
+             "accuracy_warning", "sqnr_warning_threshold", "sqnr_error_threshold"],
+        ),
         (dequantize_model, ["model", "inplace"]),
         (revert_to_standard_modules, ["model", "inplace"]),
         (save_model, ["model", "path", "quantization_info"]),
@@ -134,9 +143,11 @@ class TestReadme:
         assert result.info.symmetric is False
         assert quantize(make_model(), 8, True, "symmetric").info.symmetric is True
 
-    def test_calibration_data_is_refused_clearly_until_static_quantization_is_there(self) -> None:
-        with pytest.raises(ConfigurationError, match="static quantization"):
-            quantize(make_model(), bits=8, calibration_data=[torch.randn(1, 128)])
+    def test_calibration_data_mean_static_quantization(self) -> None:
+        model, data = make_model(), [torch.randn(4, 128) for _ in range(50)]
+        result = quantize(model, bits=8, dynamic=False, calibration_data=data)
+        assert result.info.calibration_samples_used == 150
+        torch.testing.assert_close(result.model(data[0]), model(data[0]), atol=0.05, rtol=0.05)
         with pytest.raises(InputError, match="calibration_data"):
             quantize(make_model(), bits=8, dynamic=False)
 
@@ -316,3 +327,49 @@ class TestFiles:
         torch.save(make_model(), tmp_path / "module.pt")
         with pytest.raises(MonoQuantError, match="allow_pickle"):
             load_model(tmp_path / "module.pt")
+
+
+class TestStaticQuantize:
+    DATA = tuple(torch.randn(8, 128, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
+
+    def test_answers_a_model_and_what_was_done(self) -> None:
+        model = make_model()
+        quantized, info = static_quantize(model, self.DATA, layer_types=[nn.Linear])
+        assert info.selected_layers == ["0", "2"]
+        assert info.calibration_samples_used == 32
+        assert info.sqnr_db is not None
+        assert info.sqnr_db > 30
+        assert info.compression_ratio is not None
+        assert info.compression_ratio > 3
+        assert info.warnings == []
+        torch.testing.assert_close(quantized(self.DATA[0]), model(self.DATA[0]), atol=0.05, rtol=0.05)
+
+    def test_float16_needs_no_calibration(self) -> None:
+        quantized, info = static_quantize(make_model(), self.DATA, dtype=torch.float16)
+        assert info.dtype == torch.float16
+        assert info.calibration_samples_used == 0
+        assert quantized_names(quantized) == ["0", "2"]
+
+    def test_four_bits_come_in_the_configuration(self) -> None:
+        config = QuantizationConfig(bits=4, symmetric=False)
+        quantized, info = static_quantize(make_model(), self.DATA, group_size=64, config=config)
+        assert {layer.scheme.group_size for layer in info.layers.values()} == {64}
+        assert not info.layers["0"].scheme.symmetric
+        assert quantized_names(quantized) == ["0", "2"]
+
+    def test_both_values_of_symmetric_mean_the_same_and_a_group_size_is_answered(self) -> None:
+        answers = [static_quantize(make_model(), self.DATA, symmetric=value)[1] for value in (True, False)]
+        assert [info.layers["0"].scheme.symmetric for info in answers] == [True, True]
+        _, info = static_quantize(make_model(), self.DATA, group_size=64)
+        assert info.warnings == ["group_size=64 has no effect: only 4-bit weights are grouped"]
+
+    def test_skips_as_everywhere(self) -> None:
+        for options in ({"skip_names": ["2"]}, {"modules_to_not_convert": ["2"]}, {"skip_param_threshold": 5000}):
+            _, info = static_quantize(make_model(), self.DATA, **options)  # type: ignore[arg-type]
+            assert info.selected_layers == ["0"]
+
+    def test_what_cannot_be_honoured_is_refused(self) -> None:
+        with pytest.raises(ConfigurationError, match="per_channel=False"):
+            static_quantize(make_model(), self.DATA, per_channel=False)
+        with pytest.raises(InputError, match="needs calibration_data"):
+            static_quantize(make_model(), None)

@@ -327,7 +327,6 @@ def test_a_file_that_needs_unpickling_is_refused(tmp_path: Path) -> None:
         ({"on_failure": "explode"}, ConfigurationError, "explode"),
         ({"dynamic": False}, InputError, "calibration_data"),
         ({"dynamic": True, "calibration_data": [torch.ones(1)]}, ConfigurationError, "contradict"),
-        ({"calibration_data": [torch.ones(1)]}, ConfigurationError, "not available"),
         ({"num_calibration_samples": 5}, ConfigurationError, "without calibration_data"),
         ({"sqnr_error_threshold": 300.0}, ValidationError, "below 300 dB"),
     ],
