@@ -71,17 +71,34 @@ def fit_grid(matrix: Tensor, scheme: LayerScheme, importance: Tensor | None = No
 
 
 def quantize_data_free(weight: Tensor, scheme: LayerScheme, norm: float = 2.0) -> QuantizedTensor:
-    """Answer ``weight`` quantized on the grid of :func:`fit_grid`, as the layer of ``scheme`` stores it.
+    """Answer ``weight`` quantized on the grid of :func:`fit_grid` for :func:`presumed_importance`.
 
     Args:
         weight: Floating point, output channels first, at least two dimensions.
         scheme: An integer scheme.
         norm: See :func:`fit_grid`.
 
+    Returns:
+        The codes, nearest on that grid, as the layer of ``scheme`` stores them.
+
     Raises:
         ConfigurationError, QuantizationError: As :func:`fit_grid`.
     """
-    return fit_grid(weight.detach().flatten(1), scheme, norm=norm).quantize(weight, scheme)
+    matrix = weight.detach().flatten(1)
+    return fit_grid(matrix, scheme, presumed_importance(matrix), norm).quantize(weight, scheme)
+
+
+def presumed_importance(matrix: Tensor) -> Tensor:
+    """Guess from a weight ``[out, in]`` how much each of its inputs matters, float32 ``[in]`` between 0 and 1.
+
+    In language models the inputs that are far larger than the others meet weights that stand out too. Treating all
+    inputs alike cuts just those weights off, and models then answer worse than after rounding to nearest, although
+    the mean error of the weights is smaller. The square of the largest weight of an input keeps them.
+    """
+    if not matrix.numel():
+        return torch.ones(matrix.shape[1], device=matrix.device)
+    largest = matrix.abs().amax(dim=0).float()
+    return (largest / largest.max().clamp(min=torch.finfo(torch.float32).tiny)).square()
 
 
 def _fit_whole(matrix: Tensor, scheme: LayerScheme, start: Grid, importance: Tensor | None, norm: float) -> Grid:

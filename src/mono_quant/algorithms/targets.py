@@ -62,10 +62,29 @@ class Target:
     def replacement(self, quantized: QuantizedTensor) -> nn.Module:
         """Answer a layer that computes what the quantized one will.
 
-        Weight-only layers compute in float: a float layer with the dequantized weight gives the same numbers.
+        Weight-only layers compute in float: products with the dequantized weight give the same numbers.
         """
-        layer = self.quantized_type.from_float(self.module, self.scheme, quantized).eval()
-        return layer.to_float() if self.scheme.kind == WEIGHT_ONLY else layer
+        if self.scheme.kind == WEIGHT_ONLY:
+            return _Dequantizing(quantized, self.module)
+        return self.quantized_type.from_float(self.module, self.scheme, quantized).eval()
+
+
+class _Dequantizing(nn.Module):
+    """Multiplies with a quantized weight that becomes float for the time of a call.
+
+    A model under calibration would hold a second float model if its layers were replaced by float ones, and the
+    kernels for packed weights are made for few rows.
+    """
+
+    def __init__(self, quantized: QuantizedTensor, like: nn.Module) -> None:
+        super().__init__()
+        self._quantized = quantized
+        # The bias may still be corrected: it is read from the layer at each call.
+        self._like = [like]
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = self._like[0]._parameters.get("bias")
+        return F.linear(input, self._quantized.dequantize(input.dtype), bias)
 
 
 def find_targets(model: nn.Module, schemes: Mapping[str, LayerScheme]) -> dict[str, Target]:

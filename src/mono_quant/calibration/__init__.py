@@ -11,6 +11,7 @@ from mono_quant.calibration.observers import (
     PercentileObserver,
     create_observer,
 )
+from mono_quant.calibration.own_text import sample_tokens
 from mono_quant.calibration.runner import (
     CalibrationProgress,
     call_model,
@@ -37,5 +38,6 @@ __all__ = [
     "iterate_batches",
     "run_batches",
     "run_calibration",
+    "sample_tokens",
     "watching",
 ]
