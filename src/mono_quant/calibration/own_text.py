@@ -2,8 +2,8 @@
 
 Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models" (2023), and Williams,
 Chrysostomou and Aletras, "Self-calibration for Language Model Quantization and Pruning" (2024): each token is drawn
-from what the model answers to those before it. Only text of this kind leads to inputs like those of real text; tokens drawn evenly
-from the vocabulary do not.
+from what the model answers to those before it. Only text of this kind leads to inputs like those of real text; tokens
+drawn evenly from the vocabulary do not.
 """
 
 from __future__ import annotations
