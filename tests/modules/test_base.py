@@ -47,6 +47,13 @@ def test_the_original_is_not_modified_and_shares_no_memory(case: Case, scheme: L
 
 
 @every_layer
+def test_layers_made_in_inference_mode_hold_ordinary_tensors(case: Case, scheme: LayerScheme) -> None:
+    with torch.inference_mode():
+        layer = case.quantized(scheme)
+    assert not any(tensor.is_inference() for tensor in layer.buffers())
+
+
+@every_layer
 def test_there_are_buffers_and_no_parameters(case: Case, scheme: LayerScheme) -> None:
     layer = case.quantized(scheme)
     assert list(layer.parameters()) == []

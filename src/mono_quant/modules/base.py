@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -109,10 +110,11 @@ class QuantizedModule(nn.Module):
         reason = cls.unsupported_reason(module)
         if reason is not None:
             raise QuantizationError(f"{type(module).__name__} cannot be quantized: {reason}")
-        layer = cls.like(module, scheme)
-        bias = getattr(module, "bias", None)
-        layer.set_tensor("bias", None if bias is None else bias.detach().clone())
-        layer._set_weight(cls.quantize_weight(module, scheme) if quantized is None else quantized)
+        with ordinary_tensors():
+            layer = cls.like(module, scheme)
+            bias = getattr(module, "bias", None)
+            layer.set_tensor("bias", None if bias is None else bias.detach().clone())
+            layer._set_weight(cls.quantize_weight(module, scheme) if quantized is None else quantized)
         layer.train(module.training)
         return layer
 
@@ -228,19 +230,30 @@ def storage_dtype(scheme: LayerScheme) -> torch.dtype:
     return {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}.get(scheme.kind, torch.int8)
 
 
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that count their versions, although the caller may be in inference mode.
+
+    What backends derive from a weight is kept until it is written to, and no one can see that of an inference tensor.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def quantize_by_scheme(weight: Tensor, scheme: LayerScheme) -> QuantizedTensor | Tensor:
     """Answer ``weight`` (output channels first) as ``scheme`` stores it, in 8 or 16 bits.
 
     Raises:
         QuantizationError: It holds NaN or infinite values.
     """
-    if scheme.kind == FLOAT16:
-        return quantize_weight_fp16(weight)
-    if scheme.kind == BFLOAT16:
-        return quantize_weight_bf16(weight)
-    if scheme.per_channel:
-        return quantize_weight_int8(weight, scheme.symmetric)
-    return quantize_weight_int8_per_tensor(weight, scheme.symmetric)
+    with ordinary_tensors():
+        if scheme.kind == FLOAT16:
+            return quantize_weight_fp16(weight)
+        if scheme.kind == BFLOAT16:
+            return quantize_weight_bf16(weight)
+        if scheme.per_channel:
+            return quantize_weight_int8(weight, scheme.symmetric)
+        return quantize_weight_int8_per_tensor(weight, scheme.symmetric)
 
 
 def error_energy(weight: Tensor, quantized: QuantizedTensor | Tensor) -> tuple[float, float]:

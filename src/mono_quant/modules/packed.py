@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
-from mono_quant.modules.base import QuantizedModule
+from mono_quant.modules.base import QuantizedModule, ordinary_tensors
 from mono_quant.ops import get_backend
 
 _PACKED: Final = ("packed_weight", "column_sum")
@@ -77,8 +77,7 @@ class PackedWeight(QuantizedModule):
             if packed is not None and column_sum is not None:
                 return packed, column_sum
             codes = self.codes
-            # Leaving inference mode makes ordinary tensors, which may be written to later.
-            with torch.inference_mode(False), torch.no_grad():
+            with ordinary_tensors():
                 packed = torch.ops.mono_quant.pack_weight(codes)
                 column_sum = codes.sum(dim=1, dtype=torch.int32)
             assert isinstance(packed, Tensor)
@@ -101,7 +100,7 @@ class PackedWeight(QuantizedModule):
         return {"weight": self._unpacked(buffers["packed_weight"]), **others}
 
     def _unpacked(self, packed: Tensor | None) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary_tensors():
             plain: Tensor = torch.ops.mono_quant.unpack_weight(packed, *self._matrix_shape())
         return plain
 

@@ -12,7 +12,7 @@ from mono_quant.core.packing import pack_int32, unpack_int32
 from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.core.quantizers import quantize_weight_groupwise
 from mono_quant.errors import ConfigurationError
-from mono_quant.modules.base import QuantizedModule, require_module
+from mono_quant.modules.base import QuantizedModule, ordinary_tensors, require_module
 from mono_quant.modules.inputs import FLOATS, forward_other
 from mono_quant.modules.linear import build_linear
 
@@ -67,7 +67,8 @@ class WeightOnlyLinear(QuantizedModule):
     def quantize_weight(cls, module: nn.Module, scheme: LayerScheme) -> QuantizedTensor:
         weight = cls.stored_weight(module)
         group_size = scheme.group_size or max(1, weight.shape[1])
-        return quantize_weight_groupwise(weight, group_size, scheme.symmetric, scheme.bits)
+        with ordinary_tensors():
+            return quantize_weight_groupwise(weight, group_size, scheme.symmetric, scheme.bits)
 
     def _set_weight(self, weight: QuantizedTensor | Tensor) -> None:
         assert isinstance(weight, QuantizedTensor)
