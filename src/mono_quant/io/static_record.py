@@ -36,7 +36,7 @@ class StaticRecord:
     @property
     def is_graph(self) -> bool:
         """Whether the file is a whole model and needs no architecture."""
-        return self.model["kind"] == GRAPH
+        return bool(self.model["kind"] == GRAPH)
 
     @classmethod
     def of(cls, model: Mapping[str, Any], info: QuantizationInfo | None) -> StaticRecord:

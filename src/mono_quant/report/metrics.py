@@ -189,7 +189,7 @@ def calculate_model_size(model: nn.Module | Mapping[str, Tensor]) -> tuple[float
                 counted[memory_key(parameter)] = parameter.numel()
         if isinstance(module, PackedLayer):
             counted[id(module), "weight"] = module.codes.numel()
-            counted[id(module), "bias"] = 0 if module.bias is None else module.bias.numel()  # type: ignore[union-attr,operator]
+            counted[id(module), "bias"] = 0 if module.bias is None else module.bias.numel()  # type: ignore[operator]
         if isinstance(module, QuantizedModule):
             shape = getattr(module, "weight_shape", module.codes.shape)
             counted[weight_memory(module)] = math.prod(shape)
