@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from mono_quant.core import LayerScheme, QuantizedTensor
 from mono_quant.errors import InputTypeError, QuantizationError
 from mono_quant.modules import QuantizedLinear, counterpart_for_scheme, quantize_linear_module
+from mono_quant.modules.bfloat16 import linear_bfloat16
+from mono_quant.report import sqnr_db
 from tests.modules.layers import (
     ASYMMETRIC,
     HALF,
@@ -283,3 +285,22 @@ def test_a_weight_beyond_bfloat16_is_refused() -> None:
 @pytest.mark.parametrize("module", [nn.Conv2d(2, 2, 1), nn.Embedding(4, 4)])
 def test_only_linear_layers_have_bfloat16(module: nn.Module) -> None:
     assert counterpart_for_scheme(module, LayerScheme("bfloat16", bits=16)) is None
+
+
+@given(
+    rows=st.sampled_from([1, 31, 700]),
+    activation=st.sampled_from(["none", "relu", "gelu", "gelu_tanh", "silu"]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_rows_of_a_bfloat16_layer_may_come_in_pieces(rows: int, activation: str, dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(1024, 8).bfloat16(), torch.randn(1024)
+    x = torch.randn(2, rows, 8).to(dtype)
+    functions = {
+        "none": lambda y: y, "relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
+        "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+    }  # fmt: skip
+    exact = functions[activation](x.float() @ weight.float().T + bias)
+    found = linear_bfloat16(x, weight, bias, activation)
+    assert found.dtype == dtype
+    assert found.shape == exact.shape
+    assert sqnr_db(exact, found) > 40

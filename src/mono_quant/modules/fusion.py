@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Final
+from typing import Final, TypeGuard
 
 from torch import Tensor, fx, nn
 
+from mono_quant.core.layer_scheme import FLOAT16
 from mono_quant.errors import InputError
 from mono_quant.modules.linear import QuantizedLinear
 
@@ -105,8 +106,10 @@ def fuse_pair(model: nn.Module, linear_name: str, activation_name_: str) -> None
     """
     linear = _submodule(model, linear_name)
     activation = _submodule(model, activation_name_)
-    if not isinstance(linear, QuantizedLinear) or linear.weight_scale is None:
-        raise InputError(f"{linear_name!r} is a {type(linear).__name__}; only int8 linear layers compute activations")
+    if not _computes_activations(linear):
+        raise InputError(
+            f"{linear_name!r} is a {type(linear).__name__}; only int8 and bfloat16 linear layers compute activations"
+        )
     if linear.activation != "none":
         raise InputError(f"{linear_name!r} computes {linear.activation} already")
     name = activation_name(activation)
@@ -140,13 +143,12 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def _computes_activations(module: nn.Module | None) -> TypeGuard[QuantizedLinear]:
+    return isinstance(module, QuantizedLinear) and module.scheme.kind != FLOAT16
+
+
 def _fusible(module: nn.Module | None) -> bool:
-    return (
-        isinstance(module, QuantizedLinear)
-        and module.weight_scale is not None
-        and module.activation == "none"
-        and not _has_hooks(module)
-    )
+    return _computes_activations(module) and module.activation == "none" and not _has_hooks(module)
 
 
 def _pairs(parent: nn.Module) -> list[tuple[str, str]]:

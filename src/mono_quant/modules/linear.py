@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mono_quant.core.layer_scheme import BFLOAT16, LayerScheme
 from mono_quant.core.mappers import QINT8
 from mono_quant.modules.base import require_module, scheme_from_dtype
+from mono_quant.modules.bfloat16 import linear_bfloat16
 from mono_quant.modules.inputs import FLOATS, forward_other
 from mono_quant.modules.packed import PackedWeight
 
@@ -91,7 +91,7 @@ class QuantizedLinear(PackedWeight):
         bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401 (reads the attribute only then)
         if scale is None:
             if self.scheme.kind == BFLOAT16:
-                return self._in_bfloat16(input)
+                return linear_bfloat16(input, self.codes, self.bias, self.activation)
             half: Tensor = torch.ops.mono_quant.linear_half(input, buffers["weight"], bias)
             return half
         zero_point = buffers.get("weight_zero_point")
@@ -106,10 +106,6 @@ class QuantizedLinear(PackedWeight):
             input, tiles, column_sum, scale, zero_point, bias, self.out_features, self.activation
         )
         return out
-
-    def _in_bfloat16(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-        return F.linear(input.to(torch.bfloat16), self.codes, bias).to(input.dtype)
 
     def _matrix_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
