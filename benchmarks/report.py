@@ -183,11 +183,42 @@ def _provenance(document: results.Document) -> str:
     )
 
 
+def search_table(document: results.Document) -> str:
+    """Answer the results of :mod:`benchmarks.search` as Markdown."""
+    models = document["models"]
+    shapes = list(models[0]["latency"])
+    rows = []
+    for model in models:
+        agreement = [f"{value:.3f}" for value in model["neighbours_of_sets"]]
+        latency = [_duration(model["latency"][shape], 1e3, "ms") for shape in shapes]
+        rows.append([model["name"], *latency, agreement[0], ", ".join(agreement[1:]), f"{model['bytes'] / 1e6:.1f}"])
+    header = ["all-MiniLM-L6-v2", *shapes, "neighbours", "other sets", "model, MB"]
+    parts = [_table(header, rows), _provenance(document)]
+    parts.append(
+        f"The searches measure the neighbours of {document['sentences']} sentences, and the sensitivity of layers on "
+        f"{document['calibration_sentences']} others; the other sets are sentences that neither saw. Latency as above."
+    )
+    parts.append(" ".join(_course(model) for model in models if model["search"] is not None))
+    return "\n\n".join(parts)
+
+
+def _course(model: dict[str, Any]) -> str:
+    search = model["search"]
+    formats = list(search["points"][search["chosen"]]["formats"].values())
+    counts = sorted(((formats.count(name), name) for name in set(formats)), reverse=True)
+    chosen = ", ".join(f"{count} {name}" for count, name in counts)
+    return (
+        f"With {search['target']} the search takes {search['seconds']:.0f} s and {search['evaluations']} evaluations; "
+        f"its layers: {chosen}."
+    )
+
+
 TABLES: dict[str, Callable[[results.Document], str]] = {
     "models": models_table,
     "linear": linear_table,
     "decoding": decoding_table,
     "vision": vision_table,
+    "search": search_table,
 }
 
 
