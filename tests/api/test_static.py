@@ -384,3 +384,55 @@ def test_a_model_of_transformers_is_one_graph_with_named_answers() -> None:
         answer.scores  # noqa: B018
     with torch.no_grad():
         assert decibels(model(**data).logits, answer.logits) > 20
+
+
+class Tokens(nn.Module):
+    """A small vision transformer: patches, attention, parameters of its own, linear layers on rows of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.first = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 1, 16))
+        self.layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.gate, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.gate(self.patches(x).relu().flatten(2).transpose(1, 2))
+        tokens = torch.cat([self.first.expand(x.shape[0], -1, -1), tokens], 1)
+        return self.head(self.layer(tokens)[:, 0])  # type: ignore[no-any-return]
+
+
+class Segments(nn.Module):
+    """An encoder and decoder: a transposed convolution, a join with an earlier layer, a bilinear enlargement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.up, self.out = nn.ConvTranspose2d(16, 8, 2, 2), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = self.down(x).relu()
+        low = self.deep(high).relu()
+        joined = torch.cat([high, self.up(low)], 1)
+        return self.out(joined) + nn.functional.interpolate(low, scale_factor=2.0, mode="bilinear")[:, :2]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "skipped"),
+    [
+        (Tokens, {"": "the parameters that Tokens itself holds stay in float",
+                  "layer.norm1": "LayerNorm: it has no 8-bit form", "layer.norm2": "LayerNorm: it has no 8-bit form"}),
+        (Segments, {"up": "ConvTranspose2d: it has no 8-bit form"}),
+    ],
+)  # fmt: skip
+def test_networks_of_other_kinds_are_one_graph_with_cuts(kind: type[nn.Module], skipped: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    model, images = kind().eval(), torch.randn(16, 3, 16, 16)
+    info = (result := quantize(model, calibration_data=images)).info
+    assert info.not_captured is None
+    assert info.skip_reasons == skipped
+    assert info.cuts
+    for batch in (0, 1, 16):
+        with torch.no_grad():
+            expected, found = model(images[:batch]), result.model(images[:batch])
+        assert found.shape == expected.shape
+        assert not batch or decibels(expected, found) > 25

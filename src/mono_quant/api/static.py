@@ -164,6 +164,8 @@ def _skipped(
             yield name, reasons.get(name, f"{kind} has no static 8-bit form")
         elif name in steps:
             yield name, reasons.get(name, f"{kind} has no 8-bit form")
+        elif not type(module).__module__.startswith("torch.nn."):
+            yield name, f"the parameters that {kind} itself holds stay in float"
         elif not isinstance(module, _NORMS):
             yield name, "the model does not use it"
 

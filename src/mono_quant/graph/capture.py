@@ -191,6 +191,8 @@ def _drop_assertions(graph: fx.Graph) -> None:
 def _reason(error: Exception) -> str:
     if any(base.__name__ == "GuardOnDataDependentSymNode" for base in type(error).__mro__):
         return "what its forward does depends on the values of tensors"
+    if "Constraints violated" in str(error):
+        return "its forward fixes the size of the batch, as len(x) and a reshape to a fixed size do"
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 

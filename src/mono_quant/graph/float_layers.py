@@ -68,3 +68,8 @@ class FloatLinear(FloatLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.finish(F.linear(x, self.weight, self.bias), None)
+
+
+def channel_axis(layer: FloatLayer | None) -> int:
+    """Answer the dimension of a layer's input that holds the channels."""
+    return -1 if isinstance(layer, FloatLinear) else 1

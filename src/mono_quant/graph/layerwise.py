@@ -144,7 +144,9 @@ def quantize_layerwise(
             else:
                 report.skipped[name] = reason
     observers = {name: create_observer(options.observer, dtype=QUINT8, name=name) for name in chosen}
-    means = {name: ChannelMean() for name in chosen} if options.correct_bias else {}
+    means = {name: ChannelMean(-1 if isinstance(m, nn.Linear) else 1) for name, m in chosen.items()}
+    if not options.correct_bias:
+        means.clear()
     with evaluating(model), watching(model, inputs=observers), watching(model, inputs=means):
         for index, batch in enumerate(batches):
             call_model(model, batch, index)

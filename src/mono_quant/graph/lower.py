@@ -13,7 +13,7 @@ from mono_quant.graph import build
 from mono_quant.graph.arithmetic import QParams
 from mono_quant.graph.capture import Captured
 from mono_quant.graph.domains import Domains, Kind, tensor_inputs
-from mono_quant.graph.float_layers import FloatConv
+from mono_quant.graph.float_layers import FloatConv, channel_axis
 from mono_quant.graph.fold import constant, layer_of
 from mono_quant.graph.layers import Layer
 from mono_quant.graph.layers.aten import Call, CallSpec
@@ -179,7 +179,7 @@ class Lowering:
         assert layer is not None
         sources: list[Any] = list(node.args)
         output = self._scales[node] if node in self._domains.codes else None
-        mean = None if self._statistics is None else self._statistics.mean(sources[0])
+        mean = None if self._statistics is None else self._statistics.mean(sources[0], channel_axis(layer))
         name = self._names[node]
         try:
             if isinstance(layer, FloatConv):

@@ -18,14 +18,19 @@ from mono_quant.graph.options import StaticOptions
 
 
 class ChannelMean:
-    """The running mean of each channel (dimension 1, or the last of a matrix)."""
+    """The running mean of each channel.
 
-    def __init__(self) -> None:
+    Args:
+        axis: Where the channels are: 1 for convolutions, -1 for linear layers.
+    """
+
+    def __init__(self, axis: int) -> None:
+        self._axis = axis
         self._total: Tensor | None = None
         self._count = 0
 
     def __call__(self, x: Tensor) -> None:
-        axis = 1 if x.dim() > 2 else x.dim() - 1
+        axis = self._axis % x.dim()
         others = [dim for dim in range(x.dim()) if dim != axis]
         total = x.detach().sum(others, dtype=torch.float32).double()
         self._total = total if self._total is None else self._total + total
@@ -38,13 +43,21 @@ class ChannelMean:
 
 
 class Statistics:
-    """What calibration learned: a range for each watched node, a mean for each input of a layer."""
+    """What calibration learned: a range for each watched node, a mean for each input of a layer.
 
-    def __init__(self, watched: dict[fx.Node, str], averaged: set[fx.Node], options: StaticOptions) -> None:
+    Args:
+        watched: Names of the nodes whose values become codes.
+        averaged: Nodes that layers read, and the axis of their channels there.
+        options: See :class:`StaticOptions`.
+    """
+
+    def __init__(self, watched: dict[fx.Node, str], averaged: set[tuple[fx.Node, int]], options: StaticOptions) -> None:
         self.observers: dict[fx.Node, Observer] = {
             node: create_observer(options.observer, dtype=QUINT8, name=name) for node, name in watched.items()
         }
-        self.means = {node: ChannelMean() for node in averaged} if options.correct_bias else {}
+        self.means: dict[fx.Node, dict[int, ChannelMean]] = {}
+        for node, axis in averaged if options.correct_bias else ():
+            self.means.setdefault(node, {})[axis] = ChannelMean(axis)
         self.samples = 0
 
     def qparams(self, node: fx.Node) -> QParams:
@@ -56,9 +69,9 @@ class Statistics:
         scale, zero_point = self.observers[node].calculate_qparams()
         return QParams(float(scale), int(zero_point))
 
-    def mean(self, node: fx.Node) -> Tensor | None:
+    def mean(self, node: fx.Node, axis: int) -> Tensor | None:
         """Answer the mean of each channel of a layer's input, if it was gathered."""
-        return self.means[node].mean if node in self.means else None
+        return self.means[node][axis].mean if node in self.means else None
 
 
 class _Watching(fx.Interpreter):
@@ -68,10 +81,11 @@ class _Watching(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        for watchers in (self._statistics.observers, self._statistics.means):
-            watcher = watchers.get(n)
-            if watcher is not None:
-                watcher(value)
+        observer = self._statistics.observers.get(n)
+        if observer is not None:
+            observer(value)
+        for mean in self._statistics.means.get(n, {}).values():
+            mean(value)
         return value
 
 

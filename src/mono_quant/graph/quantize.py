@@ -17,7 +17,8 @@ from mono_quant.graph.build import UnsupportedCallError
 from mono_quant.graph.capture import Captured, NotCapturableError, capture, layer_name
 from mono_quant.graph.domains import Domains, Kind, assign_domains
 from mono_quant.graph.equalize import equalize
-from mono_quant.graph.fold import fold
+from mono_quant.graph.float_layers import channel_axis
+from mono_quant.graph.fold import fold, layer_of
 from mono_quant.graph.fuse import fuse
 from mono_quant.graph.layerwise import quantize_layerwise
 from mono_quant.graph.lower import Lowering
@@ -117,7 +118,11 @@ def _lower(
     prepared: _Prepared, batches: Iterator[Batch], total: int | None, options: StaticOptions, report: StaticReport
 ) -> StaticGraph:
     captured, names, domains = prepared.captured, prepared.names, prepared.domains
-    averaged: set[Any] = {node.args[0] for node, kind in domains.kinds.items() if kind == Kind.LAYER}
+    averaged: set[tuple[Any, int]] = {
+        (node.args[0], channel_axis(layer_of(captured.module, node)))
+        for node, kind in domains.kinds.items()
+        if kind == Kind.LAYER
+    }
     watched = {node: names[node] for node in domains.watched()}
     statistics = Statistics(watched, averaged, options)
     observe(captured, statistics, batches, total, options)
