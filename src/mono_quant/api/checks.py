@@ -13,9 +13,7 @@ from mono_quant.errors import InputTypeError, QuantizationError, ValidationError
 from mono_quant.graph import is_static
 
 _FOR_WEIGHTS: Final = "Use more bits or smaller groups, or leave the worst layers of info.layers out."
-_FOR_ANSWERS: Final = (
-    "Use more calibration data of the task's kind, another observer=, or leave layers out with skip=."
-)
+_FOR_ANSWERS: Final = "Use more calibration data of the task's kind, another observer=, or leave layers out with skip=."
 
 
 def require_replaceable(model: nn.Module) -> None:
