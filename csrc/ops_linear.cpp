@@ -9,7 +9,8 @@ void run_linear(LinearArgs args) {
   const KernelTable& table = kernels();
   const double products = (double)args.m * (double)args.n * (double)args.k;
   const double weight_bytes = (double)args.n * (double)args.k;
-  const Grid grid(args.m, args.n, worthwhile_threads(products / table.speed + weight_bytes / 60e3));
+  // Between two calls the other layers of a model push the weight out of the caches: it comes from memory.
+  const Grid grid(args.m, args.n, worthwhile_threads(products / table.speed + weight_bytes / 25e3));
 
   // With many column ranges each would quantize the same rows again: do it once, before.
   const int64_t kp = round_up(args.k, kPanelDepth);
