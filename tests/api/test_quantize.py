@@ -460,3 +460,12 @@ def test_inplace_reaches_layers_that_are_also_held_in_lists_and_dicts() -> None:
 def test_zero_points_asked_for_with_float16_are_answered_with_a_warning() -> None:
     assert any("bits=16" in warning for warning in quantize(Block(), bits=16, scheme="asymmetric").warnings)
     assert not any("bits=16" in warning for warning in quantize(Block(), bits=16).warnings)
+
+
+def test_sparse_tensors_stay_as_they_are_and_cannot_be_saved(tmp_path: Path) -> None:
+    sparse = torch.eye(4).to_sparse()
+    result = quantize({"a.weight": sparse, "b.weight": torch.randn(8, 8), "c": sparse})
+    assert result.info.skip_reasons == {"a": "its weight has the layout sparse_coo"}
+    assert torch.equal(result.model["c"].to_dense(), torch.eye(4))
+    with pytest.raises(CheckpointError, match=r"'a\.weight' cannot be saved: it has the layout"):
+        result.save(tmp_path / "m.safetensors")

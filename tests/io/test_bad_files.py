@@ -15,10 +15,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import mono_quant
 from mono_quant import CheckpointError, InputTypeError
 from mono_quant.io import load_model, load_source, read_header, save_model
+from mono_quant.report import load_inputs
+from mono_quant.report.inspection import inspect_file
 from tests.io.models import build, quantized
 
 SUFFIXES = [".safetensors", ".pt", ".pth"]
@@ -73,7 +76,7 @@ def test_a_spoiled_file_is_one_clear_error(tmp_path: Path, kind: str, suffix: st
             read(path)
         assert str(path) in caught.value.message, name
         assert caught.value.suggestion
-        assert len(caught.value.message) < 400
+        assert len(caught.value.message) < 700
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -146,3 +149,20 @@ def test_a_flipped_byte_or_a_cut_gives_this_librarys_error_or_a_model(
         # Any other exception fails the test.
         with contextlib.suppress(mono_quant.MonoQuantError):
             assert isinstance(read(path), dict | torch.nn.Module)
+
+
+@pytest.mark.parametrize("name", ["a\0b.safetensors", "x" * 5000 + ".pt", "x" * 250 + ".safetensors"])
+def test_a_name_that_no_file_can_have_is_one_clear_error(name: str, tmp_path: Path) -> None:
+    path, model = f"{tmp_path}/{name}", nn.Linear(4, 4)
+    calls: list[Callable[[], object]] = [
+        lambda: mono_quant.save_model(model, path),
+        lambda: load_model(path),
+        lambda: load_model(tmp_path / "m.safetensors", path),
+        lambda: mono_quant.quantize(path),
+        lambda: inspect_file(path),
+        lambda: load_inputs(path),
+    ]
+    for call in calls:
+        with pytest.raises(CheckpointError) as caught:
+            call()
+        assert len(str(caught.value)) < 700

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import mono_quant
 from mono_quant import ops
 from mono_quant.core import LayerScheme, QuantizedTensor
 from mono_quant.errors import InputTypeError, QuantizationError
@@ -300,3 +301,16 @@ def test_schemes_come_from_dtypes() -> None:
 def test_a_module_of_another_type_is_named() -> None:
     with pytest.raises(InputTypeError, match=r"expected a torch\.nn\.Linear, found Conv1d"):
         require_module(nn.Conv1d(1, 1, 1), nn.Linear)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("schemes", [("symmetric", "asymmetric"), ("asymmetric", "symmetric")])
+def test_codes_are_never_read_with_the_zero_points_of_another_scheme(bits: int, schemes: tuple[str, str]) -> None:
+    first, second = (
+        mono_quant.quantize(nn.Sequential(nn.Linear(32, 8)), bits=bits, scheme=scheme).model for scheme in schemes
+    )
+    before = {name: tensor.clone() for name, tensor in second.state_dict().items()}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=f"0.weight is {schemes[0]}, and the layer is {schemes[1]}"):
+            second.load_state_dict(first.state_dict(), strict=strict)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in second.state_dict().items())

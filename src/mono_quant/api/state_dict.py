@@ -109,6 +109,8 @@ def _reason(layer: str, state: Mapping[str, Tensor], options: Options) -> str | 
     weight = state[f"{prefix}weight"]
     if f"{prefix}weight_scale" in state:
         return "is quantized already"
+    if weight.layout != torch.strided:
+        return f"its weight has the layout {str(weight.layout).removeprefix('torch.')}"
     if not weight.is_floating_point():
         return f"its weight holds {weight.dtype}, not floating-point numbers"
     if weight.dim() < 2:

@@ -17,6 +17,7 @@ _REMEDIES = {
     errno.ENOSPC: "Free some space, or save somewhere else; an older file of that name is unchanged.",
     errno.EDQUOT: "Free some of your quota, or save somewhere else; an older file of that name is unchanged.",
     errno.EFBIG: "Raise the limit on file sizes, or save somewhere else; an older file of that name is unchanged.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.ENOENT: "Create the directory first.",
     errno.ENOTDIR: "A part of the path is a file; choose another place.",
     errno.EACCES: "Choose a place that you may write to.",

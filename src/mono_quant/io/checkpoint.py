@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,14 +107,26 @@ class Checkpoint:
 
 
 def checkpoint_path(path: object) -> Path:
-    """Answer ``path`` as a :class:`~pathlib.Path`.
+    """Answer ``path`` as a :class:`~pathlib.Path`; there need not be anything.
 
     Raises:
         InputTypeError: It is no path.
+        CheckpointError: No file can have that name.
     """
     if not isinstance(path, str | os.PathLike):
         raise InputTypeError(f"expected a path, found a {type(path).__name__}")
-    return Path(os.fsdecode(path))
+    name = os.fsdecode(path)
+    try:
+        os.lstat(name)
+    except ValueError as error:
+        raise CheckpointError(f"no file can be named {name!r}: {error}", suggestion="Check the path.") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            shortened = name if len(name) <= 80 else f"{name[:40]}...{name[-40:]}"
+            raise CheckpointError(
+                f"no file can be named {shortened!r}: {error.strerror}", suggestion="Choose a shorter path."
+            ) from error
+    return Path(name)
 
 
 def format_by_suffix(path: Path) -> str:

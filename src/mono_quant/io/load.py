@@ -104,7 +104,7 @@ def _architecture(model: object) -> nn.Module:
         return uncompiled(model)
     if not isinstance(model, str | Path):
         raise InputTypeError(f"expected a module or a transformers directory, found a {type(model).__name__}")
-    directory = Path(model)
+    directory = checkpoint_path(model)
     if not is_transformers_directory(directory):
         raise CheckpointError(
             f"{directory} is not a transformers directory: there is no config.json that names an architecture",

@@ -220,6 +220,15 @@ class QuantizedModule(nn.Module):
                 "load float weights before quantizing the model."
             )
             return
+        has_codes = f"{prefix}weight" in state_dict or f"{prefix}weight_packed" in state_dict
+        has_zero_point = f"{prefix}weight_zero_point" in state_dict
+        if has_codes and not self.scheme.stores_floats and has_zero_point == self.scheme.symmetric:
+            # Without strict the codes of one kind would be read with the zero points of the other.
+            given, own = ("asymmetric", "symmetric") if has_zero_point else ("symmetric", "asymmetric")
+            error_msgs.append(
+                f"{prefix}weight is {given}, and the layer is {own}; quantize the model with that scheme."
+            )
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

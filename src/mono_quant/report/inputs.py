@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mono_quant.errors import InputError
+from mono_quant.io.checkpoint import checkpoint_path
 
 
 def load_inputs(path: str | Path) -> Tensor | dict[str, Tensor]:
@@ -22,9 +23,10 @@ def load_inputs(path: str | Path) -> Tensor | dict[str, Tensor]:
 
     Raises:
         InputError: The file has another suffix or cannot be read as what its suffix says.
+        CheckpointError: No file can have that name.
         FileNotFoundError: There is no such file.
     """
-    path = Path(path)
+    path = checkpoint_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r} with inputs")
     if path.suffix == ".safetensors":

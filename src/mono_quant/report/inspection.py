@@ -12,7 +12,7 @@ import torch
 from mono_quant.errors import CheckpointError
 from mono_quant.graph import described_ranges
 from mono_quant.io import load_model
-from mono_quant.io.checkpoint import open_checkpoint
+from mono_quant.io.checkpoint import checkpoint_path, open_checkpoint
 from mono_quant.io.header import CheckpointHeader
 from mono_quant.io.static_record import StaticRecord
 from mono_quant.report.round_trip import round_trip_faults
@@ -109,7 +109,7 @@ def inspect_file(path: str | Path, allow_pickle: bool = False) -> FileSummary:
     Raises:
         CheckpointError: The file cannot be read.
     """
-    with open_checkpoint(Path(path), allow_pickle) as checkpoint:
+    with open_checkpoint(checkpoint_path(path), allow_pickle) as checkpoint:
         uses: dict[torch.dtype, list[int]] = {}
         for name in checkpoint.file.names:
             shape, dtype = checkpoint.file.describe(name)
@@ -140,7 +140,7 @@ def validate_checkpoint(path: str | Path, on_failure: str = "error", allow_pickl
         FileNotFoundError: There is no such file.
     """
     require_on_failure(on_failure)
-    if not Path(path).exists():
+    if not checkpoint_path(path).exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     result = ValidationResult(load_test_passed=None, weight_range_valid=None)
     try:

@@ -159,8 +159,15 @@ def model_bytes(model: nn.Module | Mapping[str, Tensor]) -> int:
     """
     sizes: dict[tuple[object, ...], int] = {}
     for key, tensor in _stored_tensors(model):
-        sizes[key] = tensor.nbytes
+        sizes[key] = _nbytes(tensor)
     return sum(sizes.values())
+
+
+def _nbytes(tensor: Tensor) -> int:
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    # The other layouts do not tell what they store.
+    return tensor.nbytes if tensor.layout == torch.strided else tensor.numel() * tensor.element_size()
 
 
 def calculate_model_size(model: nn.Module | Mapping[str, Tensor]) -> tuple[float, int]:
@@ -200,7 +207,7 @@ def calculate_model_size(model: nn.Module | Mapping[str, Tensor]) -> tuple[float
 
 def memory_key(tensor: Tensor) -> tuple[object, ...]:
     """Answer what two tensors have in common exactly if they are one and the same memory."""
-    if tensor.device.type == "meta" or tensor.numel() == 0:
+    if tensor.device.type == "meta" or tensor.numel() == 0 or tensor.layout != torch.strided:
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.nbytes)
 
