@@ -53,6 +53,9 @@ def test_cannot_be_changed_afterwards() -> None:
     "values",
     [
         {"kind": "int3_magic"},
+        {"kind": "int8_static", "symmetric": False},
+        {"kind": "int8_static", "per_channel": False},
+        {"kind": "int8_static", "group_size": 32},
         {"kind": None},
         {"kind": ["weight_only"]},
         {"bits": 3},

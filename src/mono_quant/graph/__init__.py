@@ -29,6 +29,5 @@ __all__ = [
     "is_static",
     "quantize_static",
     "restore_static",
-    "static_ranges",
     "static_weights",
 ]
