@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown engines {', '.join(unknown)}")
     # What others are divided by always runs, and first.
     keys = (*BASELINES, *(key for key in keys if key not in BASELINES))
-    schedule, images = (QUICK, 64) if options.quick else (Schedule(rounds=5), 512)
+    schedule, images = (QUICK, 64) if options.quick else (Schedule(rounds=3), 512)
     document = measure(keys, schedule, images, Console(file=sys.stderr))
     if options.output is not None or not options.quick:
         results.write(document, options.output or results.result_path("vision"))

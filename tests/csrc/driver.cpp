@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "codes.h"
 #include "isa.h"
 #include "kernels.h"
 
@@ -373,7 +374,142 @@ void test_float_linear(const KernelTable& t, int64_t m, int64_t k, int64_t n, in
   }
 }
 
+// A convolution of either kind, in two ranges of pixels (rows) and columns, as threads would take them.
+void test_conv(const KernelTable& t, bool depthwise, int64_t channels, int64_t outputs, int64_t kernel, int variant) {
+  ConvArgs a = {};
+  a.batch = pick(1, 2);
+  a.channels = channels;
+  a.kernel_h = kernel;
+  a.kernel_w = variant % 3 ? kernel : 1;
+  a.stride_h = variant % 2 + 1;
+  a.stride_w = variant % 4 == 1 ? 2 : 1;
+  a.pad_h = pick(0, 2);
+  a.pad_w = pick(0, 2);
+  a.dilation_h = a.dilation_w = variant % 5 == 0 ? 2 : 1;
+  a.height = pick(1, 9) + a.dilation_h * (a.kernel_h - 1);
+  a.width = pick(1, 20) + a.dilation_w * (a.kernel_w - 1);
+  a.out_height = (a.height + a.pad_h + pick(0, 1) - a.dilation_h * (a.kernel_h - 1) - 1) / a.stride_h + 1;
+  a.out_width = (a.width + a.pad_w + pick(0, 1) - a.dilation_w * (a.kernel_w - 1) - 1) / a.stride_w + 1;
+  a.x_zero = (uint8_t)pick(0, 255);
+  const int64_t taps = a.kernel_h * a.kernel_w, depth = depthwise ? taps : taps * channels;
+  const int64_t n = depthwise ? channels : outputs, padded = round_up(n, 64);
+  const int64_t pixels = a.batch * a.out_height * a.out_width;
+  Buffer<uint8_t> x(a.batch * a.height * a.width * channels), other(pixels * n);
+  for (int64_t i = 0; i < a.batch * a.height * a.width * channels; ++i) x[i] = (uint8_t)pick(0, 255);
+  for (int64_t i = 0; i < pixels * n; ++i) other[i] = (uint8_t)pick(0, 255);
+  Buffer<int8_t> weight(n * depth), tiles(round_up(n, 16) * round_up(depth, 64)), rows(taps * padded);
+  Buffer<int32_t> offset(padded);
+  Buffer<float> scale(padded), bias(padded);
+  for (int64_t c = 0; c < padded; ++c) {
+    offset[c] = 0;
+    scale[c] = 0.004f * (float)pick(1, 9);
+    bias[c] = normal() * 50;
+    for (int64_t i = 0; c < n && i < depth; ++i) {
+      weight[c * depth + i] = (int8_t)pick(-128, 127);
+      offset[c] += weight[c * depth + i] * a.x_zero;
+    }
+  }
+  t.pack_weight(weight.data(), n, depth, 0, (n + 15) / 16, tiles.data());
+  for (int64_t i = 0; i < taps; ++i) {
+    for (int64_t c = 0; c < padded; ++c) rows[i * padded + c] = c < n && depthwise ? weight[c * depth + i] : (int8_t)0;
+  }
+  Output floats(kFloat32, pixels * n);
+  Buffer<uint8_t> codes(pixels * n, 64);
+  a.x = x.data();
+  a.weight = depthwise ? rows.data() : tiles.data();
+  FinishArgs& f = a.finish;
+  f = {offset.data(), scale.data(), bias.data(), variant % 3 == 1 ? other.data() : nullptr, 0.5f, 7,
+       (Finish)(variant % 4), 3.f, -5.f, 200.f, 5, true, variant % 4 == kFloat ? floats.data() : codes.data(), n};
+  const int64_t rows_total = depthwise ? a.batch * a.out_height : pixels;
+  const int64_t row_ends[3] = {0, rows_total / 2, rows_total}, col_ends[3] = {0, smaller(n, 64), n};
+  for (int i = 0; i < 2; ++i) {
+    if (row_ends[i] >= row_ends[i + 1]) continue;
+    if (depthwise) {
+      Aligned scratch(t.codes->depthwise_scratch_bytes(a));
+      t.codes->depthwise(a, row_ends[i], row_ends[i + 1], scratch.p);
+      continue;
+    }
+    Aligned scratch(t.codes->conv_scratch_bytes(a, row_ends[i + 1] - row_ends[i]));
+    for (int j = 0; j < 2; ++j) {
+      if (col_ends[j] < col_ends[j + 1]) {
+        t.codes->conv(a, row_ends[i], row_ends[i + 1], col_ends[j], col_ends[j + 1], scratch.p);
+      }
+    }
+  }
+  const std::string what = shape(t, depthwise ? "depthwise" : "conv", pixels, depth, n, variant);
+  expect(codes.fenced() && floats.fenced(), what + " writes outside");
+  for (int64_t p = 0; p < pixels; ++p) {
+    const int64_t sample = p / (a.out_height * a.out_width), oy = p / a.out_width % a.out_height, ox = p % a.out_width;
+    for (int64_t c = 0; c < n; ++c) {
+      int64_t sum = -offset[c];
+      for (int64_t i = 0; i < depth; ++i) {
+        const int64_t tap = depthwise ? i : i / channels, channel = depthwise ? c : i % channels;
+        const int64_t y = oy * a.stride_h - a.pad_h + tap / a.kernel_w * a.dilation_h;
+        const int64_t xx = ox * a.stride_w - a.pad_w + tap % a.kernel_w * a.dilation_w;
+        const bool inside = y >= 0 && y < a.height && xx >= 0 && xx < a.width;
+        const int64_t at = ((sample * a.height + y) * a.width + xx) * channels + channel;
+        sum += (inside ? x[at] : a.x_zero) * weight[c * depth + i];
+      }
+      float v = (float)sum * scale[c];
+      v = v + bias[c];
+      if (f.other) v = v + (float)(f.other[p * n + c] - 7) * 0.5f;
+      if (f.kind == kFloat) {
+        expect(floats.at(p * n + c) == v, what);
+        continue;
+      }
+      double real = v;
+      if (f.kind == kHardswish) real = (double)v * std::fmin(std::fmax(v + 3.0, 0), 6) / 6 * 3;
+      if (f.kind == kSwish) real = activate(kSilu, v) * 3;
+      const double code = std::nearbyint(std::fmin(std::fmax(real, -5), 200)) + 5;
+      expect(std::fabs(codes[p * n + c] - code) <= (f.kind == kClamp ? 0 : 1), what);
+    }
+  }
+}
+
+// The steps without a weight, on odd sizes; what they answer is compared with the specification by the Python tests.
+void test_simple_steps(const KernelTable& t) {
+  const int64_t channels = 19, height = 7, width = 9, count = 2 * height * width * channels;
+  Buffer<uint8_t> a(count), b(count), out(count, 64);
+  for (int64_t i = 0; i < count; ++i) a[i] = (uint8_t)pick(0, 255), b[i] = (uint8_t)pick(0, 255);
+  t.codes->add({a.data(), b.data(), 0.5f, 0.25f, 3.f, 0.f, 255.f, 0, out.data()}, 0, count);
+  for (int64_t i = 0; i < count; ++i) {
+    expect(out[i] == std::nearbyint((float)a[i] * 0.5f + (float)b[i] * 0.25f + 3.f), std::string(t.name) + " add");
+  }
+  t.codes->multiply({a.data(), b.data(), height * width, channels, true, 3, 4, 0.01f, -9.f, 246.f, 9, out.data()}, 0,
+                    2 * height * width);
+  t.codes->max_pool({a.data(), 2, height, width, channels, 3, 2, 2, 3, 1, 0, 1, 2, 4, 3, out.data()}, 0, 8);
+  expect(out.fenced(), std::string(t.name) + " writes outside");
+  Buffer<int32_t> sums(channels, 64);
+  t.codes->channel_sums(a.data(), height * width, channels, sums.data());
+  expect(sums.fenced(), std::string(t.name) + " sums write outside");
+  for (const int64_t planes : {1, 3, 5}) {
+    const int64_t size = planes * 3 * 21;
+    Buffer<float> image(size);
+    Buffer<uint8_t> codes(size, 64);
+    for (int64_t i = 0; i < size; ++i) image[i] = normal() * 50;
+    const bool nan = t.codes->quantize({image.data(), planes, 3, 21, size, 63, 21, 1, 1.f, 90, codes.data()}, 0, 3);
+    expect(!nan && codes.fenced(), std::string(t.name) + " quantize");
+    for (int64_t i = 0; i < size; ++i) {
+      const float code = std::fmin(std::fmax(std::nearbyint(image[i % planes * 63 + i / planes]) + 90, 0.f), 255.f);
+      expect(codes[i] == code, std::string(t.name) + " image codes");
+    }
+  }
+}
+
+void test_codes(const KernelTable& t) {
+  int variant = 0;
+  for (const int64_t channels : {1, 3, 4, 16, 24, 64, 70}) {
+    for (const int64_t kernel : {1, 3, 5}) {
+      test_conv(t, false, channels, 5 + 30 * (variant % 5), kernel, variant);
+      test_conv(t, true, channels, channels, kernel, variant + 1);
+      variant += 1;
+    }
+  }
+  test_simple_steps(t);
+}
+
 void test_table(const KernelTable& t) {
+  test_codes(t);
   const int64_t ms[] = {0, 1, 2, 3, 4, 5, 7, 13, 17, 33, 50}, ks[] = {0, 1, 3, 4, 5, 15, 63, 64, 65, 100, 130, 200};
   const int64_t ns[] = {1, 7, 15, 16, 17, 33, 63, 64, 65, 100, 130};
   int variant = 0;

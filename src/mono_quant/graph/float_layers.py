@@ -39,7 +39,15 @@ class FloatLayer(nn.Module):
         self.bias = bias.to(dtype)
 
     def finish(self, y: Tensor, other: Tensor | None) -> Tensor:
-        return self.activation(y if other is None else y + other)
+        """Add and activate, into the memory of ``y`` where that can be: fresh pages cost more than the arithmetic."""
+        if other is not None:
+            y.add_(other)
+        match self.activation.name:
+            case "relu":
+                return y.relu_()
+            case "clamp":
+                return y.clamp_(self.activation.low, self.activation.high)
+        return self.activation(y)
 
 
 class FloatConv(FloatLayer):

@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from mono_quant.calibration import Batch, Observer, create_observer
 from mono_quant.core.mappers import QUINT8
 from mono_quant.errors import InputError, MonoQuantError
-from mono_quant.graph.arithmetic import QParams
+from mono_quant.graph.arithmetic import QParams, memory_format
 from mono_quant.graph.capture import Captured
+from mono_quant.graph.float_layers import FloatConv
 from mono_quant.graph.options import StaticOptions
 
 
@@ -98,6 +99,10 @@ def observe(
         InputError: The graph fails on a batch; names the batch and what it holds.
         QuantizationError: A value is not finite; names where.
     """
+    for layer in captured.module.modules():
+        if isinstance(layer, FloatConv):
+            # Convolutions of images run faster in this order, which goes on from layer to layer.
+            layer.weight = layer.weight.contiguous(memory_format=memory_format(layer.weight.dim()))
     interpreter = _Watching(captured.module, statistics)
     interpreter.extra_traceback = False  # it would be appended to every message
     with torch.no_grad():
@@ -123,7 +128,11 @@ def _ordered(captured: Captured, batch: Batch) -> list[Any]:
     given = dict(zip(captured.parameters, batch.args, strict=False)) | batch.kwargs
     if given.keys() != set(captured.inputs):
         raise InputError(f"a calibration batch holds {sorted(given)}, the first held {sorted(captured.inputs)}")
-    return [given[name] for name in captured.inputs]
+    return [_channels_last(given[name]) for name in captured.inputs]
+
+
+def _channels_last(value: Any) -> Any:
+    return value.contiguous(memory_format=memory_format(value.dim())) if isinstance(value, Tensor) else value
 
 
 def first_and_all(batches: Iterator[Batch]) -> tuple[Batch, Iterator[Batch]]:
