@@ -246,7 +246,7 @@ def _convolution(layer: QuantizedConvolution, constants: _Constants) -> codes.Co
     zero = 0 if out is None else out.zero_point
     low, high = bounds or (0, LARGEST_CODE)
     # Storing codes bounds them already, where the values before it cannot be huge.
-    reach = weight.flatten(1).to(torch.int32).abs().sum(1) * float(LARGEST_CODE) * scale + bias.abs()
+    reach = weight.flatten(1).to(torch.int16).abs().sum(1, dtype=torch.int32) * float(LARGEST_CODE) * scale + bias.abs()
     huge = float(reach.max()) + LARGEST_CODE * other_scale >= _LARGEST_VALUE
     tiles = layer.tiles_size()
     kind = codes.DepthwiseStep if layer.is_depthwise() else codes.ConvStep
