@@ -76,6 +76,7 @@ bench: $(VENV)/.dev ## measure models and layers, keep the results, fill in the 
 	$(BIN)/python -m benchmarks.linear
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.vision
+	$(BIN)/python -m benchmarks.search
 	$(BIN)/python -m benchmarks.report
 
 report: $(VENV)/.dev ## fill in the README's tables from benchmarks/results

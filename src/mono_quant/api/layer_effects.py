@@ -27,6 +27,7 @@ from mono_quant.api.probes import Call, Gradient, Probes, UnitError
 from mono_quant.api.working_copy import WorkingCopy
 from mono_quant.calibration import Batch, call_model
 from mono_quant.calibration.batches import map_tensors
+from mono_quant.modules.fusion import activation_name, computes_activations
 
 #: Called with the passes done, the passes in all, and what is being done.
 Report = Callable[[int, int, str], None]
@@ -45,7 +46,7 @@ class Effects:
         noise: Energy of the error there that a unit causes in a format when it alone is quantized.
         divergence: Mean divergence of the logits, in nats for each position, of the same.
         alone, company: Errors of a layer's own output.
-        seconds: One pass of the first batch through a layer.
+        seconds: One pass of the first batch through a layer, and through the activation that it may compute.
         uniform: Errors of the model's output with every layer in one format, and the divergence of its logits.
         incomparable: Layers whose outputs had other shapes in a quantized model.
         by_run: Units that no gradient reached: the model was run with each of them on the first batch.
@@ -99,6 +100,7 @@ class _Run:
         self._floats = {unit.name: FLOAT for unit in copy.units}
         self._probed: set[str] = set()
         self._by_run: dict[tuple[str, str], tuple[float, float]] = {}
+        self._activations = copy.fused_activations()
         self._positions = 0
         self._first_signal = 0.0
 
@@ -141,12 +143,16 @@ class _Run:
             effects.divergence[key] = effects.divergence.get(key, 0.0) + error.divergence()
 
     def _time(self, call: Call, name: str, layer: nn.Module) -> None:
+        activation = self._activations.get(call.layer)
         best, spent, repeats = float("inf"), 0.0, 0
-        while not repeats or (repeats < _MOST_REPEATS and spent < _SECONDS_OF_REPEATS):
-            start = time.perf_counter()
-            layer(*call.args, **call.kwargs)
-            passed = time.perf_counter() - start
-            best, spent, repeats = min(best, passed), spent + passed, repeats + 1
+        with _computing(layer, activation) as after:
+            while not repeats or (repeats < _MOST_REPEATS and spent < _SECONDS_OF_REPEATS):
+                start = time.perf_counter()
+                output = layer(*call.args, **call.kwargs)
+                if after is not None:
+                    after(output)
+                passed = time.perf_counter() - start
+                best, spent, repeats = min(best, passed), spent + passed, repeats + 1
         key = (call.layer, name)
         self.effects.seconds[key] = self.effects.seconds.get(key, 0.0) + best
 
@@ -201,6 +207,19 @@ class _Run:
         effects.divergence = {key: value / positions for key, value in effects.divergence.items()}
         for key, (share, divergence) in self._by_run.items():
             effects.noise[key], effects.divergence[key] = share * effects.signal, divergence
+
+
+@contextmanager
+def _computing(layer: nn.Module, activation: nn.Module | None) -> Iterator[nn.Module | None]:
+    """Let ``layer`` compute an activation for a ``with`` block; answer the activation if it cannot."""
+    if activation is None or not computes_activations(layer):
+        yield activation
+        return
+    layer.activation = activation_name(activation) or "none"
+    try:
+        yield None
+    finally:
+        layer.activation = "none"
 
 
 @contextmanager

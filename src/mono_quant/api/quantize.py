@@ -119,8 +119,25 @@ def quantize(
             :data:`mono_quant.calibration.OBSERVERS`.
         equalize: Static: balance the weight ranges of successive layers first.
         correct_bias: Static: take the mean error of rounded weights out of the biases.
+        eval_fn: Measures a model: takes the module and answers a plain number, higher for better. It is called for the
+            float model and for some quantized ones, all in evaluation mode without gradients and with the same state
+            of the random generators, and must leave the model as it is.
+        max_drop: Search: how far ``eval_fn`` may fall below its value for the float model. Needs ``calibration_data``,
+            as every search does, to measure how sensitive each layer is (:func:`mono_quant.sensitivity`).
+        min_sqnr_db: Search: the least signal-to-noise ratio of the model's outputs on the calibration data, in
+            decibels.
+        max_bytes: Search: the most bytes of all parameters and buffers. Alone it asks for the most accurate model of
+            that size; with another target for the smallest that keeps both.
+        objective: Search: what to make small, ``"latency"`` (the times of the layers, measured on the first
+            calibration batch; the default without ``max_bytes``) or ``"bytes"``.
+        formats: Search: what it may choose from besides float; see :func:`mono_quant.sensitivity`. All by default.
+        seed: Search: fixes every random choice; 0 by default. Measured times are not in its power: with
+            ``objective="bytes"`` two runs answer the same, with ``"latency"`` if they share a ``resume`` file.
+        resume: Search: a file that is replaced after each measurement. If it exists the search goes on from it, also
+            with another target; one that is damaged or of another model, data, measure or seed is refused.
         progress: Called after each layer with the number done, the number in all and the layer's name; while
-            calibrating after each batch, with numbers of samples.
+            calibrating after each batch, with numbers of samples; while searching after each measurement, with what
+            it found and about how many seconds are left.
         run_validation: Measure the error of each weight, for ``info`` and for the two thresholds.
         on_failure: What happens when the weights' ratio falls below ``sqnr_error_threshold``: ``"error"``,
             ``"warn"`` or ``"ignore"``.
@@ -147,6 +164,7 @@ def quantize(
         InputError: The model or the path cannot be used as given; ``InputTypeError`` if it is of the wrong type.
         CheckpointError: The file cannot be read.
         QuantizationError: A weight is not finite (its layer is named), or there is nothing to quantize.
+        BudgetError: A search found nothing within its budget; says what the best was and how to relax the target.
         ValidationError: The error of the weights is beyond a threshold that is set to ``"error"``.
     """
     options = resolve_options(

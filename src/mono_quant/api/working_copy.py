@@ -10,13 +10,15 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from mono_quant.api.formats import FLOAT, Assignment, Unit
+from mono_quant.api.formats import BFLOAT16, FLOAT, INT8, Assignment, Unit, uniform_assignment
 from mono_quant.api.replace import Replacements, places_of
 from mono_quant.calibration import evaluating
 from mono_quant.errors import InputError
 from mono_quant.modules import (
+    FusedActivation,
     disable_fused_path,
     fuse_activations,
+    fused_pairs,
     mark_layers_that_share,
     restore_activations,
     restore_fused_path,
@@ -97,6 +99,17 @@ class WorkingCopy:
     def layer_names(self) -> list[str]:
         """The names of all layers that change their formats, in the model's order."""
         return list(self._floats)
+
+    def fused_activations(self) -> dict[str, nn.Module]:
+        """Answer for each linear layer that can compute the activation after it, that activation."""
+        found: dict[str, nn.Module] = {}
+        for name in (INT8, BFLOAT16):
+            with self.using(uniform_assignment(self.units, name), fuse=True) as model:
+                for activation, layer in fused_pairs(model).items():
+                    placed = model.get_submodule(activation)
+                    assert isinstance(placed, FusedActivation)
+                    found[layer] = placed.activation
+        return found
 
     def unit_bytes(self, unit: Unit, name: str) -> int:
         """Answer what the layers of ``unit`` add to the model's bytes in a format."""

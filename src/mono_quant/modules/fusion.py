@@ -106,7 +106,7 @@ def fuse_pair(model: nn.Module, linear_name: str, activation_name_: str) -> None
     """
     linear = _submodule(model, linear_name)
     activation = _submodule(model, activation_name_)
-    if not _computes_activations(linear):
+    if not computes_activations(linear):
         raise InputError(
             f"{linear_name!r} is a {type(linear).__name__}; only int8 and bfloat16 linear layers compute activations"
         )
@@ -143,12 +143,13 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _computes_activations(module: nn.Module | None) -> TypeGuard[QuantizedLinear]:
+def computes_activations(module: nn.Module | None) -> TypeGuard[QuantizedLinear]:
+    """Say whether ``module`` is a layer that can compute the activation after it."""
     return isinstance(module, QuantizedLinear) and module.scheme.kind != FLOAT16
 
 
 def _fusible(module: nn.Module | None) -> bool:
-    return _computes_activations(module) and module.activation == "none" and not _has_hooks(module)
+    return computes_activations(module) and module.activation == "none" and not _has_hooks(module)
 
 
 def _pairs(parent: nn.Module) -> list[tuple[str, str]]:

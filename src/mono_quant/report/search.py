@@ -12,7 +12,8 @@ class SearchPoint:
     """One way to quantize the model that was measured.
 
     Attributes:
-        label: ``"cheapest"``, ``"uniform int8"``, ``"step 12 of 40"`` or ``"fills max_bytes"``.
+        label: ``"cheapest"``, ``"uniform int8"``, ``"step 12 of 40"``, ``"step 12 of 40, 1 less: 9"`` (the ninth
+            was taken back) or ``"fills max_bytes"``.
         formats: For each layer's name its format; ``"float"`` for a layer that stays as it is.
         bytes: All parameters and buffers of the model.
         seconds_of_layers: The measured times of all layers together, one pass of the first calibration batch; without

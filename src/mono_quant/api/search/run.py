@@ -15,14 +15,14 @@ from mono_quant.api.error_sums import Outputs
 from mono_quant.api.formats import FLOAT, INT8, Unit, find_units, parse_formats, schemes_of, uniform_assignment
 from mono_quant.api.layer_effects import Effects, measure_effects
 from mono_quant.api.layers import quantize_by_schemes
-from mono_quant.api.method import Budget, Request
+from mono_quant.api.method import BYTES, Budget, Request
 from mono_quant.api.names import shortened
 from mono_quant.api.options import Options
 from mono_quant.api.replace import Progress
 from mono_quant.api.result import QuantizationResult
 from mono_quant.api.search.journal import Journal, hash_batches, hash_model
 from mono_quant.api.search.measure import Measure
-from mono_quant.api.search.path import UnitCosts, build_path
+from mono_quant.api.search.path import Path, UnitCosts, build_path
 from mono_quant.api.search.walk import Walk, require_room
 from mono_quant.api.working_copy import WorkingCopy
 from mono_quant.calibration import Batch
@@ -58,13 +58,16 @@ def search_precision(
     if budget.max_bytes is not None:
         require_room(copy, budget.max_bytes)
     costs = _costs(copy, batches, formats, journal, seed, progress)
-    path = build_path(costs, budget.chosen_objective, uniform_assignment(units, INT8))
+    path, objective = _path(costs, budget, uniform_assignment(units, INT8))
+    notes = [*journal.notes]
+    if objective != budget.chosen_objective:
+        notes.append("no format is faster than float here: the search made the bytes small")
     needs_outputs = budget.eval_fn is None or budget.min_sqnr_db is not None
     measure = Measure(copy, journal, budget.eval_fn, batches if needs_outputs else (), seed, options.fuse_activations)
     passes = len(batches) * (1 + len(formats))
-    walk = Walk(copy, path, costs, budget, measure, INT8 in formats, _offset(progress, passes))
+    walk = Walk(copy, path, objective, costs, budget, measure, INT8 in formats, _offset(progress, passes))
     outcome = walk.run()
-    report = walk.report(outcome, started, sum(batch.samples for batch in batches), seed, tuple(journal.notes))
+    report = walk.report(outcome, started, sum(batch.samples for batch in batches), seed, tuple(notes))
     walk.require_met(report)
     schemes = schemes_of(units, outcome.formats)
     left = {layer: _WHY_FLOAT for layer, scheme in schemes.items() if scheme is None}
@@ -72,8 +75,8 @@ def search_precision(
     result.search = report
     result.info.calibration_samples_used = report.samples
     result.info.seconds = time.perf_counter() - started
-    result.info.warnings += journal.notes
-    result.warnings += journal.notes
+    result.info.warnings += notes
+    result.warnings += notes
     return result
 
 
@@ -155,6 +158,15 @@ def _unit_costs(copy: WorkingCopy, unit: Unit, effects: Effects) -> UnitCosts:
         seconds={name: sum(effects.seconds[layer, name] for layer in called) for name in names} if called else {},
         noise={name: energy / signal for name, energy in noise.items()},
     )
+
+
+def _path(costs: dict[str, UnitCosts], budget: Budget, fallback: dict[str, str]) -> tuple[Path, str]:
+    """Answer the path and its objective: bytes where nothing is faster than the float model."""
+    for objective in (budget.chosen_objective, BYTES):
+        path = build_path(costs, objective, fallback)
+        if set(path.start.values()) != {FLOAT}:
+            break
+    return path, objective
 
 
 def _notes(effects: Effects, copy: WorkingCopy) -> list[str]:

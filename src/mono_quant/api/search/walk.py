@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from mono_quant.api.formats import FLOAT, INT8, uniform_assignment
 from mono_quant.api.method import Budget
@@ -16,6 +17,9 @@ from mono_quant.api.working_copy import WorkingCopy
 from mono_quant.errors import BudgetError
 from mono_quant.report import model_bytes
 from mono_quant.report.search import SearchPoint, SearchReport, accuracy
+
+# Steps that the search tries to take back in the end.
+_TRIALS: Final = 6
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Walk:
     Args:
         copy: The model in all formats.
         path: From the cheapest model to the most exact.
+        objective: What is cheap on it.
         costs: Of every unit.
         budget: What to keep to.
         measure: Measures a model.
@@ -41,10 +46,11 @@ class Walk:
     """
 
     def __init__(
-        self, copy: WorkingCopy, path: Path, costs: Mapping[str, UnitCosts], budget: Budget, measure: Measure,
-        uniform: bool, progress: Progress,
+        self, copy: WorkingCopy, path: Path, objective: str, costs: Mapping[str, UnitCosts], budget: Budget,
+        measure: Measure, uniform: bool, progress: Progress,
     ) -> None:  # fmt: skip
         self._copy, self._path, self._costs, self._budget = copy, path, costs, budget
+        self._objective = objective
         self._measure, self._uniform, self._progress = measure, uniform, progress
         self._rest = bytes_of_the_rest(copy)
         self.visited: list[Visited] = []
@@ -53,7 +59,7 @@ class Walk:
         self._last = len(path.steps)
         if set(path.at(self._last).values()) == {FLOAT}:
             self._last -= 1
-        self._expected = 3 + max(1, self._last).bit_length()
+        self._expected = 3 + max(1, self._last).bit_length() + _TRIALS
 
     def run(self) -> Visited:
         """Measure what has to be measured; answer the best model, which need not keep to the budget."""
@@ -88,8 +94,21 @@ class Walk:
                 high = middle
             else:
                 low = middle
-        if high == limit and limit > 0:
-            self._at(limit)
+        if self._at(high).point.within_budget:
+            self._trim(high)
+
+    def _trim(self, position: int) -> None:
+        """Take back single steps before ``position`` whose precision turns out not to be needed, the last ones first.
+
+        The order of steps rests on estimates: what the caller measures may need one step much more than others.
+        """
+        kept = list(self._path.steps[:position])
+        for number, step in list(enumerate(kept, start=1))[-2 : -2 - _TRIALS : -1]:
+            without = [other for other in kept if other is not step]
+            dropped = position - len(without)
+            label = f"step {position} of {len(self._path.steps)}, {dropped} less: {number}"
+            if self._visit(self._path.after(without), label).point.within_budget:
+                kept = without
 
     def _at(self, position: int) -> Visited:
         label = "cheapest" if position == 0 else f"step {position} of {len(self._path.steps)}"
@@ -167,7 +186,7 @@ class Walk:
             chosen=self.visited.index(chosen),
             met=chosen.point.within_budget,
             target=describe(self._budget),
-            objective=self._budget.chosen_objective,
+            objective=self._objective,
             float_value=None if self._float is None else self._float.value,
             float_bytes=model_bytes(self._copy.model),
             evaluations=self._measure.count,
