@@ -61,15 +61,16 @@ class _DerivedTensors:
         self._entries = WeakTensorKeyDictionary()
         self._lock = Lock()
 
-    def get(self, weight: Tensor, *details: object) -> Tensor:
+    def get(self, weight: Tensor, *details: object, hint: tuple[object, ...] = ()) -> Tensor:
+        """Answer the tensor for ``weight`` and ``details``. ``hint`` goes to its making, but one serves all hints."""
         if weight.is_inference():
             # Inference tensors count no versions, so a write to one would go unnoticed.
-            return self._compute(weight, *details)
+            return self._compute(weight, *details, *hint)
         key = (weight._version, weight.data_ptr(), *details)
         with self._lock:
             entry = self._entries.get(weight)
             if entry is None or entry[0] != key:
-                entry = (key, self._compute(weight, *details))
+                entry = (key, self._compute(weight, *details, *hint))
                 self._entries[weight] = entry
         value: Tensor = entry[1]
         return value
@@ -193,11 +194,19 @@ def _corrected_sum(
 
 
 def _prepack_conv(
-    weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    shape: tuple[int, ...],
+    zero_point: int,
 ) -> Tensor:
     scale = torch.ones(weight.shape[0])
+    # The layout depends on the input's shape and on whether it has a zero point; with a layout for another input oneDNN
+    # reorders the weight at each call.
     packed: Tensor = torch.ops.onednn.qconv_prepack(
-        weight, scale, 1.0, 0, list(stride), list(padding), list(dilation), groups, None
+        weight, scale, 1.0, zero_point, list(stride), list(padding), list(dilation), groups, list(shape)
     )
     return packed
 
@@ -228,7 +237,8 @@ def conv_dynamic(
         )
     codes, scale, zero_point = quantize_rows(x.flatten(1))
     codes = codes.reshape(x.shape)
-    packed = _packed_convs.get(weight, tuple(stride), tuple(padding), tuple(dilation), groups)
+    first = ((1, *x.shape[1:]), int(zero_point.reshape(-1)[0]))
+    packed = _packed_convs.get(weight, tuple(stride), tuple(padding), tuple(dilation), groups, hint=first)
     convolve = _QCONVS[x.dim() - 3]
     column_scale = weight_scale.reshape(-1)
     no_zero_points = torch.zeros(weight.shape[0], dtype=torch.int64)
