@@ -61,3 +61,24 @@ def input_options(command: Command) -> Command:
 
 
 __all__ = ["input_options", "json_option", "loading_options"]
+
+
+def parse_bits(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> int | dict[str, int]:
+    """Answer ``--bits``: one number for all layers, or a number for each name or glob."""
+    if len(values) == 1 and "=" not in values[0]:
+        return _bits_number(values[0], ("4", "8", "16"))
+    rules: dict[str, int] = {}
+    for value in values:
+        pattern, equals, number = value.rpartition("=")
+        if not equals:
+            raise click.BadParameter(f"{value!r} stands for all layers; beside others write '*={value}'")
+        if pattern in rules:
+            raise click.BadParameter(f"{pattern!r} is given twice")
+        rules[pattern] = _bits_number(number, ("4", "8", "16", "32"))
+    return rules
+
+
+def _bits_number(text: str, allowed: tuple[str, ...]) -> int:
+    if text not in allowed:
+        raise click.BadParameter(f"{text!r} is not one of {', '.join(allowed)}")
+    return int(text)

@@ -10,11 +10,12 @@ import click
 import torch
 from torch import nn
 
+from mono_quant.algorithms import ALGORITHMS
 from mono_quant.api import QuantizationResult
 from mono_quant.api import quantize as quantize_model
 from mono_quant.cli.calibration import calibration_options, load_calibration, static_facts
 from mono_quant.cli.models import LoadedModel, is_factory, load, load_architecture
-from mono_quant.cli.options import json_option, loading_options
+from mono_quant.cli.options import json_option, loading_options, parse_bits
 from mono_quant.cli.output import Output, decibels_text, layer_facts, seconds_text, size_text
 from mono_quant.cli.search import SearchChoices, search_facts, search_options, search_table, telling
 from mono_quant.core import QuantizationInfo
@@ -31,10 +32,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 @click.option(
     "--bits",
     "-b",
-    type=click.Choice(["4", "8", "16"]),
-    default="8",
-    show_default=True,
-    help="8: int8, computed as integers; 4: int4 weights in groups; 16: float16 weights.",
+    multiple=True,
+    default=("8",),
+    show_default="8",
+    callback=parse_bits,
+    metavar="BITS|NAME=BITS",
+    help="8: int8, computed as integers; 4: int4 weights in groups; 16: float16 weights. For single layers "
+    "'NAME=BITS' or 'GLOB=BITS', repeatable, with 32 for float.",
 )
 @click.option(
     "--scheme", "-s", type=click.Choice(["symmetric", "asymmetric"]), default="symmetric", show_default=True,
@@ -44,6 +48,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
     "--dynamic/--static", default=None, help="Dynamic is the default; static quantization needs calibration data."
 )
 @click.option("--group-size", type=int, help="Inputs that share one scale; with --bits 8: weight-only int8.")
+@click.option(
+    "--algorithm", metavar="NAME[+NAME...]",
+    help=f"Choose better codes: {', '.join(ALGORITHMS)}. All but hqq need --calibrate.",
+)  # fmt: skip
 @click.option(
     "--include", multiple=True, metavar="NAME", help="Quantize only these layers: names or globs. Repeatable."
 )
@@ -65,10 +73,11 @@ def quantize(
     output: Output,
     model: str | None,
     model_option: str | None,
-    bits: str,
+    bits: int | dict[str, int],
     scheme: str,
     dynamic: bool | None,
     group_size: int | None,
+    algorithm: str | None,
     include: tuple[str, ...],
     skip: tuple[str, ...],
     min_parameters: int,
@@ -91,6 +100,8 @@ def quantize(
     monoquant quantize model.safetensors
     monoquant quantize path/to/transformers_directory --skip lm_head --bits 4
     monoquant quantize mypackage.models:build --output small.safetensors
+    monoquant quantize path/to/transformers_directory --bits 4 --algorithm awq+gptq --calibrate tokens.safetensors
+    monoquant quantize path/to/transformers_directory --bits '*.mlp.*=4' --bits lm_head=16
     monoquant quantize mypackage.models:build --calibrate images.npy
     monoquant quantize mypackage.models:build --calibrate images.npy --eval mypackage.data:accuracy --max-drop 0.01
     """
@@ -104,13 +115,14 @@ def quantize(
         # The float model is this process's own: nothing is lost by freeing its weights on the way.
         result = quantize_model(
             loaded.model,
-            bits=int(bits),
+            bits=bits,
             dynamic=dynamic,
             scheme=scheme,
             include=include or None,
             skip=skip or None,
             min_parameters=min_parameters,
             group_size=group_size,
+            algorithm=algorithm,
             compute_dtype=None if compute_dtype is None else _DTYPES[compute_dtype],
             calibration_data=data,
             num_calibration_samples=calibration_samples,
