@@ -25,8 +25,9 @@ Visit = Callable[[str, list[Tensor]], nn.Module]
 
 #: Batches that run side by side: each holds its live activations and a thread.
 MAX_STREAMS: Final = 64
-# Batches of equal shapes are joined until there are this many: a thread for each is a waste.
-_FEW_STREAMS: Final = 8
+# Batches of equal shapes are joined until there are this many. A thread for each is a waste, but what a thread frees is
+# kept for this thread: the larger its temporary tensors, the more memory lies idle.
+_FEW_STREAMS: Final = 32
 
 
 class _Cancelled(BaseException):

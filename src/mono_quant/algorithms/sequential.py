@@ -13,7 +13,7 @@ from mono_quant.algorithms.grid import Grid
 from mono_quant.algorithms.hqq import quantize_data_free
 from mono_quant.algorithms.lockstep import MAX_STREAMS, Lockstep, join_batches
 from mono_quant.algorithms.samples import InputMean
-from mono_quant.algorithms.targets import Target, second_moments
+from mono_quant.algorithms.targets import Dequantizing, Target, second_moments
 from mono_quant.calibration.batches import Batch
 from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.errors import MonoQuantError, QuantizationError
@@ -85,6 +85,7 @@ class _Run:
         # The inputs that the last moments came from; layers that read the same tensors share them.
         self._inputs: list[tuple[Tensor, int]] = []
         self._moments: Tensor | None = None
+        self._replaced: nn.Module | None = None
 
     def without_data(self, name: str, reason: str | None = None) -> QuantizedTensor:
         """Quantize a layer by its weight alone, and those that share the weight with it.
@@ -134,7 +135,10 @@ class _Run:
         else:
             quantized = self.without_data(name)
         self._correct_bias(target, quantized, inputs)
-        return target.replacement(quantized)
+        if isinstance(self._replaced, Dequantizing):
+            self._replaced.release()
+        self._replaced = target.replacement(quantized)
+        return self._replaced
 
     def _second_moments(self, target: Target, inputs: list[Tensor]) -> Tensor:
         same = len(inputs) == len(self._inputs) and all(

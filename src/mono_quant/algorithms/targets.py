@@ -65,12 +65,12 @@ class Target:
         Weight-only layers compute in float: products with the dequantized weight give the same numbers.
         """
         if self.scheme.kind == WEIGHT_ONLY:
-            return _Dequantizing(quantized, self.module)
+            return Dequantizing(quantized, self.module)
         return self.quantized_type.from_float(self.module, self.scheme, quantized).eval()
 
 
-class _Dequantizing(nn.Module):
-    """Multiplies with a quantized weight that becomes float for the time of a call.
+class Dequantizing(nn.Module):
+    """Multiplies with a quantized weight that is float only while it is being used.
 
     A model under calibration would hold a second float model if its layers were replaced by float ones, and the
     kernels for packed weights are made for few rows.
@@ -81,10 +81,19 @@ class _Dequantizing(nn.Module):
         self._quantized = quantized
         # The bias may still be corrected: it is read from the layer at each call.
         self._like = [like]
+        self._keeps = True
+        self._weight: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = self._like[0]._parameters.get("bias")
-        return F.linear(input, self._quantized.dequantize(input.dtype), bias)
+        weight = self._weight
+        if weight is None or weight.dtype != input.dtype:
+            weight = self._quantized.dequantize(input.dtype)
+        self._weight = weight if self._keeps else None
+        return F.linear(input, weight, self._like[0]._parameters.get("bias"))
+
+    def release(self) -> None:
+        """Keep the float weight no longer: all batches have passed, and others are rare."""
+        self._keeps, self._weight = False, None
 
 
 def find_targets(model: nn.Module, schemes: Mapping[str, LayerScheme]) -> dict[str, Target]:
