@@ -130,18 +130,42 @@ def test_the_vision_tables_have_latency_accuracy_memory_and_calibration() -> Non
     assert "Quantizing A with 100 images takes 3.0 s, 1.50 times as long as running them in float32." in table
 
 
+def test_the_table_of_the_search_names_its_course() -> None:
+    point = {"formats": {"a": "int8", "b": "int8", "c": "bfloat16"}}
+    course = {"points": [point], "chosen": 0, "target": "max_drop=0.01", "seconds": 31.4, "evaluations": 14}
+    models = [
+        {
+            "name": name,
+            "bytes": 41_000_000,
+            "neighbours_of_sets": [0.98, 0.97],
+            "latency": {"8x64": TIMING},
+            "search": s,
+        }
+        for name, s in (("plain", None), ("searched", course))
+    ]
+    document = {
+        "format": results.FORMAT, "environment": ENVIRONMENT, "sentences": 512, "calibration_sentences": 64,
+        "models": models,
+    }  # fmt: skip
+    table = report.search_table(document)
+    assert "| searched | 2.0 (0.50) | 0.980 | 0.970 | 41.0 |" in table
+    assert "With max_drop=0.01 the search takes 31 s and 14 evaluations; its layers: 2 int8, 1 bfloat16." in table
+
+
 def test_filling_replaces_only_the_blocks(tmp_path: Path) -> None:
     results.write(MODELS, tmp_path / "models.json")
     text = "before\n<!-- results:models -->\nold\n<!-- /results:models -->\nbetween\n"
     text += "<!-- results:linear -->\n<!-- /results:linear -->\n"
     text += "<!-- results:decoding -->\n<!-- /results:decoding -->\n"
-    text += "<!-- results:vision -->\n<!-- /results:vision -->\nafter\n"
+    text += "<!-- results:vision -->\n<!-- /results:vision -->\n"
+    text += "<!-- results:search -->\n<!-- /results:search -->\nafter\n"
     filled = report.fill(text, tmp_path)
     assert filled.startswith("before\n<!-- results:models -->\n| all-MiniLM-L6-v2 |")
     assert filled.endswith(
         f"between\n<!-- results:linear -->\n{report.NOT_MEASURED}\n<!-- /results:linear -->\n"
         f"<!-- results:decoding -->\n{report.NOT_MEASURED}\n<!-- /results:decoding -->\n"
-        f"<!-- results:vision -->\n{report.NOT_MEASURED}\n<!-- /results:vision -->\nafter\n"
+        f"<!-- results:vision -->\n{report.NOT_MEASURED}\n<!-- /results:vision -->\n"
+        f"<!-- results:search -->\n{report.NOT_MEASURED}\n<!-- /results:search -->\nafter\n"
     )
     assert report.fill(filled, tmp_path) == filled
 
