@@ -211,9 +211,8 @@ def _step(layer: Layer, constants: _Constants) -> codes.Step:
             return codes.MultiplyStep(a.zero_point, b.zero_point, scale, *_limits(out), out.zero_point)
         case MaxPool():
             pool = layer.spec
-            return codes.MaxPoolStep(
-                *pool.kernel_size, *pool.stride, *pool.padding, *pool.dilation, int(pool.ceil_mode)
-            )
+            geometry = [*pool.kernel_size, *pool.stride, *pool.padding, *pool.dilation]
+            return codes.MaxPoolStep(*geometry, int(pool.ceil_mode))  # type: ignore[call-arg]
         case GlobalAverage():
             given = layer.spec.input
             return codes.GlobalAverageStep(given.zero_point, given.scale, int(layer.spec.keepdim))
@@ -250,7 +249,7 @@ def _convolution(layer: QuantizedConvolution, constants: _Constants) -> codes.Co
     huge = float(reach.max()) + LARGEST_CODE * other_scale >= _LARGEST_VALUE
     tiles = layer.tiles_size()
     kind = codes.DepthwiseStep if layer.is_depthwise() else codes.ConvStep
-    return kind(
+    return kind(  # type: ignore[call-arg]
         weight.shape[0], *weight.shape[2:], *spec.stride, *spec.padding, *spec.dilation, spec.input.zero_point,
         constants.add(tiles, layer.tiles, layer),
         constants.array(sums * spec.input.zero_point), constants.array(scale), constants.array(bias),

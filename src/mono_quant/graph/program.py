@@ -137,7 +137,7 @@ class StaticGraph(nn.Module):
         return {**self.__dict__, "_runs": None, "_calls": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         released = _last_uses(self.steps, set(numbers_in(self.output)))
         self._calls = tuple(zip(self.steps, [_layer(x) for x in self.layers], released, strict=True))
 

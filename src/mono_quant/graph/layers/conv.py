@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Final
@@ -178,14 +179,14 @@ class QuantizedConvolution(PackedLayer):
     def has_tiles(self) -> bool:
         """Say whether the native kernels have a layout for the layer."""
         spec = self.spec
-        plain = spec.groups == 1 or (self.is_depthwise() and self._shape[2:].numel() <= LARGEST_KERNEL)
+        plain = spec.groups == 1 or (self.is_depthwise() and math.prod(self._shape[2:]) <= LARGEST_KERNEL)
         answers = spec.output is not None or spec.activation.name == "none"
         bounded = spec.other is None or spec.activation.name in ("none", "relu", "clamp")
-        return len(self._shape) == 4 and plain and answers and bounded and self._shape[1:].numel() <= MAX_EXACT_TAPS
+        return len(self._shape) == 4 and plain and answers and bounded and math.prod(self._shape[1:]) <= MAX_EXACT_TAPS
 
     def tiles_size(self) -> int:
         """Answer the bytes of :meth:`tiles`."""
-        outputs, inputs = self._shape[0], self._shape[1:].numel()
+        outputs, inputs = self._shape[0], math.prod(self._shape[1:])
         if self.is_depthwise():
             return inputs * (-(-outputs // ALIGNMENT) * ALIGNMENT)
         return -(-outputs // TILE_OUT) * TILE_OUT * -(-inputs // TILE_IN) * TILE_IN
@@ -202,7 +203,7 @@ class QuantizedConvolution(PackedLayer):
         outputs, inputs, *kernel = self._shape
         if self.is_depthwise():
             return tiles[:, :outputs].t().reshape(self._shape).contiguous()
-        plain = unpack_tiles(tiles, outputs, self._shape[1:].numel())
+        plain = unpack_tiles(tiles, outputs, math.prod(self._shape[1:]))
         return plain.reshape(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
 
     def _pack(self, weight: Tensor, shape: list[int]) -> Tensor:
