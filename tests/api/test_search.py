@@ -87,7 +87,8 @@ def test_the_drop_is_kept_by_the_model_that_is_answered(
     )
     found = search(result)
     assert found.met
-    assert found.objective == objective
+    # Layers this small can be measured as fastest in float; then bytes decide, and a warning says so.
+    assert found.objective == objective or any("faster than float" in warning for warning in result.warnings)
     value = measure(result.model)
     assert found.float_value is not None
     assert found.float_value - value <= max_drop
