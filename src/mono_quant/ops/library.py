@@ -15,7 +15,7 @@ from torch.library import Library, register_fake
 
 from mono_quant.core.packing import TILE_IN, TILE_OUT
 from mono_quant.ops import reference
-from mono_quant.ops.codes import run_codes_shape
+from mono_quant.ops.code_reference import run_codes_shape
 
 NAMESPACE = "mono_quant"
 

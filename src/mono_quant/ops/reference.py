@@ -17,7 +17,7 @@ from mono_quant.core.mappers import SMALLEST_SCALE
 from mono_quant.core.packing import pack_tiles, unpack_int32, unpack_tiles
 from mono_quant.core.quantized_tensor import row_chunks
 from mono_quant.errors import ConfigurationError, InputError
-from mono_quant.ops.codes import run_codes as run_codes
+from mono_quant.ops.code_reference import run_codes as run_codes
 
 
 def _gelu(x: Tensor) -> Tensor:
