@@ -138,7 +138,7 @@ def test_layers_that_are_ready_are_replaced_from_the_start() -> None:
 def test_batches_of_one_shape_are_joined() -> None:
     batches = [Batch((torch.full((1, 3), float(i)),), {"flag": True, "table": torch.arange(5)}) for i in range(80)]
     joined = join_batches(batches)
-    assert len(joined) == 27
+    assert len(joined) == 8
     assert torch.equal(torch.cat([batch.args[0] for batch in joined])[:, 0], torch.arange(80.0))
     assert all(batch.kwargs["flag"] is True and len(batch.kwargs["table"]) == 5 for batch in joined)
 

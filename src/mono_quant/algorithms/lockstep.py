@@ -9,6 +9,8 @@ thread runs at a time, so that the order of all computations is fixed.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +27,12 @@ Visit = Callable[[str, list[Tensor]], nn.Module]
 
 #: Batches that run side by side: each holds its live activations and a thread.
 MAX_STREAMS: Final = 64
-# Batches of equal shapes are joined until there are this many. A thread for each is a waste, but what a thread frees is
-# kept for this thread: the larger its temporary tensors, the more memory lies idle.
-_FEW_STREAMS: Final = 32
+# Batches of equal shapes are joined until there are this many: a thread for each is a waste.
+_FEW_STREAMS: Final = 8
+
+# glibc keeps what a thread frees for this thread. Streams take turns, so each would hold the temporary tensors of
+# several layers while it waits. Other C libraries have no such call.
+_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class _Cancelled(BaseException):
@@ -160,6 +165,8 @@ def _advance(stream: _Stream) -> None:
     """Let a stream run until it stops at a layer or ends; raise what its model raised."""
     stream.turn.release()
     stream.back.acquire()
+    if _trim is not None:
+        _trim(0)
     if stream.error is not None:
         raise stream.error
 
