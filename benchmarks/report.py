@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.accuracy_table import accuracy_table
 
 README = Path(__file__).parent.parent / "README.md"
 #: The keys of float32 in the results of :mod:`benchmarks.vision`.
@@ -215,6 +216,7 @@ def _course(model: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[results.Document], str]] = {
     "models": models_table,
+    "accuracy": accuracy_table,
     "linear": linear_table,
     "decoding": decoding_table,
     "vision": vision_table,

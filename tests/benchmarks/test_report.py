@@ -157,6 +157,7 @@ def test_filling_replaces_only_the_blocks(tmp_path: Path) -> None:
     text = "before\n<!-- results:models -->\nold\n<!-- /results:models -->\nbetween\n"
     text += "<!-- results:linear -->\n<!-- /results:linear -->\n"
     text += "<!-- results:decoding -->\n<!-- /results:decoding -->\n"
+    text += "<!-- results:accuracy -->\n<!-- /results:accuracy -->\n"
     text += "<!-- results:vision -->\n<!-- /results:vision -->\n"
     text += "<!-- results:search -->\n<!-- /results:search -->\nafter\n"
     filled = report.fill(text, tmp_path)
@@ -164,6 +165,7 @@ def test_filling_replaces_only_the_blocks(tmp_path: Path) -> None:
     assert filled.endswith(
         f"between\n<!-- results:linear -->\n{report.NOT_MEASURED}\n<!-- /results:linear -->\n"
         f"<!-- results:decoding -->\n{report.NOT_MEASURED}\n<!-- /results:decoding -->\n"
+        f"<!-- results:accuracy -->\n{report.NOT_MEASURED}\n<!-- /results:accuracy -->\n"
         f"<!-- results:vision -->\n{report.NOT_MEASURED}\n<!-- /results:vision -->\n"
         f"<!-- results:search -->\n{report.NOT_MEASURED}\n<!-- /results:search -->\nafter\n"
     )

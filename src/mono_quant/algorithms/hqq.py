@@ -91,9 +91,9 @@ def quantize_data_free(weight: Tensor, scheme: LayerScheme, norm: float = 2.0) -
 def presumed_importance(matrix: Tensor) -> Tensor:
     """Guess from a weight ``[out, in]`` how much each of its inputs matters, float32 ``[in]`` between 0 and 1.
 
-    In language models the inputs that are far larger than the others meet weights that stand out too. Treating all
-    inputs alike cuts just those weights off, and models then answer worse than after rounding to nearest, although
-    the mean error of the weights is smaller. The square of the largest weight of an input keeps them.
+    In SmolLM2 the inputs that are far larger than the others meet weights that stand out too. Treating all inputs
+    alike cuts just those weights off, and the model then answers worse than after rounding to nearest, although the
+    mean error of the weights is smaller. The square of the largest weight of an input keeps them.
     """
     if not matrix.numel():
         return torch.ones(matrix.shape[1], device=matrix.device)

@@ -97,7 +97,10 @@ def quantize(
     Args:
         model: A module; a state dict; or a path to a ``.safetensors`` file, a ``.pt`` file of plain tensors, or a
             transformers directory.
-        bits: 8 (int8), 4 (int4 weights in groups, float arithmetic) or 16 (float16 weights, float32 arithmetic).
+        bits: 8 (int8), 4 (int4 weights in groups, float arithmetic) or 16 (float16 weights, float32 arithmetic). Or a
+            mapping from names or globs of layers to 4, 8, 16 or 32 (stay in float): a layer's own name comes before
+            that of a block around it, a name before a glob, any other glob before ``"*"``. Layers that it does not
+            name have 8 bits. Globs that contradict each other on a layer are an error.
         dynamic: ``True`` for dynamic quantization, also the default without calibration data; ``False`` for static.
         scheme: ``"symmetric"`` weights, or ``"asymmetric"`` ones with zero points.
         calibration_data: Inputs like those that the model will meet: a tensor, a mapping of tensors, a DataLoader, or
@@ -109,7 +112,8 @@ def quantize(
         skip: Leave these layers in float; as ``include``.
         min_parameters: Leave layers with fewer weights in float.
         group_size: Inputs that share one scale. With ``bits=4`` the default is the widest of 128, 64 and 32 that
-            divides a layer's inputs; with ``bits=8`` it asks for weight-only int8.
+            divides a layer's inputs; with ``bits=8`` it asks for weight-only int8. With a mapping it is that of the
+            4-bit layers.
         compute_dtype: Cast what stays in float, for example to ``torch.bfloat16``; floating-point inputs of the
             model must then have that dtype.
         fuse_activations: Let an int8 linear layer compute the ReLU, GELU or SiLU module that follows it, where it is
@@ -154,7 +158,7 @@ def quantize(
         skip_names, skip_types, skip_layer_names, skip_layer_types, modules_to_not_convert: 1.1's names of ``skip``. A
             name also stands for a last part (``"lm_head"`` for ``"model.lm_head"``) and may match nothing.
         skip_param_threshold: 1.1's name of ``min_parameters``.
-        num_calibration_samples: Use at most this many samples of the calibration data; static: 150.
+        num_calibration_samples: Use at most this many samples of the calibration data; static: 150, algorithms: 128.
 
     Returns:
         The quantized model with what was done and what was not, and why. For a state dict the model is a state dict.
