@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from mono_quant.calibration import Batch, evaluating
+from mono_quant.graph.functional import free_of_writes
 
 _EXPORT_LOG: Final = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
@@ -118,6 +119,8 @@ def _export(model: nn.Module, batch: Batch, dynamic_sizes: bool) -> ExportedProg
         shapes = positional | {name: sizes(tensor) for name, tensor in batch.kwargs.items()}
     with evaluating(model), _quiet():
         program: ExportedProgram = export(model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False)
+        if free_of_writes(program):
+            return program
         # Without decompositions this only makes the graph free of writes.
         functional: ExportedProgram = program.run_decompositions({})
         return functional

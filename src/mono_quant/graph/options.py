@@ -53,6 +53,8 @@ class StaticReport:
         cuts: Operations that run in float and why, in order; moves of data are left out.
         samples: Calibration samples used.
         dynamic_sizes: Whether inputs of other sizes (not only other batches) are accepted.
+        capture_seconds: What finding the graph, folding and fusing took; 0 if there was no attempt.
+        calibration_seconds: What running the calibration data and watching its values took; 0 layer by layer.
         sqnr_db: Signal-to-noise ratio of the model's answers on the first calibration samples, in decibels; ``None``
             if it answers only zeros there.
         warnings: What the caller should know, one sentence each.
@@ -66,5 +68,7 @@ class StaticReport:
     cuts: list[Cut] = field(default_factory=list)
     samples: int = 0
     dynamic_sizes: bool = False
+    capture_seconds: float = 0.0
+    calibration_seconds: float = 0.0
     sqnr_db: float | None = None
     warnings: list[str] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -61,10 +62,12 @@ def quantize_static(
     if not options.capture:
         report.reason = "capture was not wanted"
     else:
+        start = time.perf_counter()
         try:
             prepared = _prepare(model, first, options)
         except (NotCapturableError, UnsupportedCallError) as error:
             report.reason = str(error)
+        report.capture_seconds = time.perf_counter() - start
     if prepared is None:
         report.warnings.append(f"the model was quantized layer by layer: {report.reason}")
         quantized: nn.Module = quantize_layerwise(model, batches, total, options, report)
@@ -125,7 +128,9 @@ def _lower(
     }
     watched = {node: names[node] for node in domains.watched()}
     statistics = Statistics(watched, averaged, options)
+    start = time.perf_counter()
     observe(captured, statistics, batches, total, options)
+    report.calibration_seconds = time.perf_counter() - start
     graph = Lowering(captured, domains, statistics, names, report).run()
     report.captured = True
     report.samples = statistics.samples
