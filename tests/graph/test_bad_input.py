@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.errors import ConfigurationError, InputError, InputTypeError, QuantizationError
-from mono_quant.graph import StaticOptions, quantize_static
+from mono_quant.graph import StaticOptions, program, quantize_static
 from tests.graph.conftest import example_of
 from tests.graph.networks import small
 
@@ -65,3 +65,31 @@ def test_impossible_options_are_refused() -> None:
     for make in makers:
         with pytest.raises(ConfigurationError):
             make()
+
+
+def test_an_input_that_does_not_suit_a_fused_run_leaves_it_on_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, _ = quantize_static(small(), [torch.randn(4, 3, 8, 8)])
+    usual, odd = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 9, 9)
+    expected = quantized(usual)
+    calls: list[tuple[int, ...]] = []
+    run = program.FusedRun.__call__
+
+    def picky(self: program.FusedRun, values: list[Any]) -> None:
+        given = tuple(values[self.inputs[0]].shape)
+        calls.append(given)
+        if given != (2, 3, 8, 8):
+            raise RuntimeError("not an input for this run")
+        run(self, values)
+
+    monkeypatch.setattr(program.FusedRun, "__call__", picky)
+    first = quantized(odd)
+    if not calls:
+        pytest.skip("the native kernels do not run here")
+    assert torch.equal(quantized(odd), first)
+    assert torch.equal(quantized(usual), expected)
+    # Tried once for each kind of input, and still in use for those that suit it.
+    assert calls == [(2, 3, 9, 9), (2, 3, 8, 8)]
+    monkeypatch.setattr(program, "_REMEMBERED", 3)
+    for size in range(10, 20):
+        quantized(torch.randn(2, 3, size, size))
+        assert len(quantized._unfit) <= 3  # type: ignore[arg-type]

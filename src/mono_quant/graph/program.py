@@ -20,6 +20,12 @@ from mono_quant.ops import get_backend
 
 FORMAT_VERSION: Final = 1
 
+# Kinds of inputs that did not suit a fused run; beyond, they are found out again.
+_REMEMBERED: Final = 64
+
+# Shape, dtype and strides of each input of a fused run.
+_Signature = tuple[tuple[torch.Size, torch.dtype, tuple[int, ...]], ...]
+
 _lock = Lock()
 
 
@@ -70,7 +76,7 @@ class StaticGraph(nn.Module):
         released = _last_uses(self.steps, set(numbers_in(output)))
         self._calls = tuple(zip(self.steps, layers, released, strict=True))
         self._runs: dict[int, FusedRun] | None = None
-        self._unfit: set[int] = set()
+        self._unfit: set[tuple[int, _Signature]] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         values: list[Any] = [None] * self._values
@@ -121,7 +127,7 @@ class StaticGraph(nn.Module):
 
     def _run_fused(self, run: FusedRun, values: list[Any]) -> bool:
         """Run several steps as one; answer whether that could be done."""
-        if run.start in self._unfit:
+        if self._unfit and (run.start, _signature(run, values)) in self._unfit:
             return False
         try:
             run(values)
@@ -129,7 +135,9 @@ class StaticGraph(nn.Module):
             if "NaN" in str(error):
                 raise InputError("a statically quantized layer met NaN in an input; 8-bit codes have no NaN") from error
             # Inputs that are not images, or sums that broadcast: each step by itself takes those or says what is wrong.
-            self._unfit.add(run.start)
+            if len(self._unfit) >= _REMEMBERED:
+                self._unfit.clear()
+            self._unfit.add((run.start, _signature(run, values)))
             return False
         return True
 
@@ -247,6 +255,11 @@ class Fields(dict[Any, Any]):
     def to_tuple(self) -> tuple[Any, ...]:
         """Answer the fields' values in order."""
         return tuple(self.values())
+
+
+def _signature(run: FusedRun, values: Sequence[Any]) -> _Signature:
+    given = (values[number] for number in run.inputs)
+    return tuple((value.shape, value.dtype, value.stride()) for value in given)
 
 
 def _layer(module: nn.Module) -> Layer:
