@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from benchmarks.photographs import CALIBRATION, JUDGED, calibration_crops, judge
 from benchmarks.report import vision_table
 from benchmarks.timing import QUICK, Schedule, take_turns
 from benchmarks.vision_engines import ADAPTERS, BASELINES, Classifier, VisionEngine, load_engine, prepare_engine
+from benchmarks.vision_engines.mono_quant_static import CALIBRATION_SECONDS
 from benchmarks.vision_memory import measure_memory
 from benchmarks.vision_models import NETWORKS, keep_model
 
@@ -107,8 +109,10 @@ def _measure_network(
     memory = {key: {str(batch): measure_memory(key, name, batch, folder) for batch in BATCHES} for key in classifiers}
     accuracy = _accuracies(model, classifiers, judged_crops(images)) if network.labelled else {}
     latency = _latencies(classifiers, schedule, log)
+    calibrated = folder / CALIBRATION_SECONDS
     return {
         "float32_seconds": float_seconds,
+        "calibration_seconds": json.loads(calibrated.read_text(encoding="utf-8")) if calibrated.exists() else None,
         "engines": {
             key: {
                 "latency": latency[key],
