@@ -156,6 +156,10 @@ def _calibration(document: results.Document) -> str:
                 f"Quantizing {network} with {document['calibration_images']} images takes "
                 f"{ours['prepare_seconds']:.1f} s, {ratio:.2f} times as long as running them in float32."
             )
+            alone = found.get("calibration_seconds")
+            if alone is not None:
+                share = alone / found["float32_seconds"]
+                lines.append(f"Of that, running and watching the images takes {alone:.1f} s ({share:.2f} times).")
     return " ".join(lines)
 
 
