@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mono_quant.calibration import count_samples, iterate_batches
+from mono_quant.calibration import Batch, count_samples, iterate_batches
 from mono_quant.errors import ConfigurationError, InputError, InputTypeError
 
 
@@ -215,3 +215,10 @@ def test_the_data_is_never_written_to_and_never_copied() -> None:
     data = rows(3)
     (batch,) = iterate_batches(data)
     assert batch.args[0] is data[0]
+
+
+@pytest.mark.parametrize("model", [TakesTwo(), TakesFlag(), TakesKeywords(), None])
+def test_a_batch_is_its_own_arguments(model: nn.Module | None) -> None:
+    batches = [Batch((torch.ones(2, 3),), {"y": torch.zeros(2, 3)}), Batch((torch.ones(1, 3),), {})]
+    found = list(iterate_batches(batches, model=model))
+    assert all(answered is batch for batch, answered in zip(batches, found, strict=True))

@@ -30,7 +30,7 @@ def iterate_batches(data: CalibrationData, limit: int | None = None, model: nn.M
     - a tensor, or a mapping of tensors (a dict, transformers' ``BatchEncoding``): cut along the first dimension into
       batches of 32 samples;
     - a ``DataLoader`` or any other iterable (list, generator) of batches, each of which is a tensor, a mapping of
-      keyword arguments, or a tuple or list.
+      keyword arguments, a tuple or list, or a :class:`Batch` with the arguments of the call.
 
     A tuple is the model's positional arguments, with one exception: a pair whose second part the model cannot take
     is (inputs, labels), and only the inputs, themselves a tensor, tuple or mapping, are used. The model can take it
@@ -145,6 +145,8 @@ class _Signature:
 
     def bind(self, value: object, index: int) -> Batch:
         """Answer the arguments that a batch stands for."""
+        if isinstance(value, Batch):  # a tuple too, of arguments that are bound already
+            return value
         if isinstance(value, Tensor):
             return Batch((value,), {})
         if isinstance(value, Mapping):
