@@ -96,7 +96,12 @@ def test_warnings_are_lines_without_places_in_the_source(run: Run, monkeypatch: 
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-    command = [sys.executable, "-W", "error", "-m", "mono_quant", *arguments]
+    # Who is started in the background ignores Ctrl-C, and so do its children, unless they ask for the default again.
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+        "os.execv(sys.executable, sys.orig_argv[3:])"
+    )
+    command = [sys.executable, "-c", code, sys.executable, "-W", "error", "-m", "mono_quant", *arguments]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
