@@ -40,6 +40,7 @@ inline void emulated_dpbusd(int sum, int a, int b) {
 #define TILE_LOAD(t, p, stride) emulated_load(t, p, stride)
 #define TILE_STORE(t, p, stride) emulated_store(t, p, stride)
 #define TILE_DPBUSD(sum, a, b) emulated_dpbusd(sum, a, b)
+#define TILE_BARRIER() ((void)0)
 
 #else
 
@@ -57,9 +58,13 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64, "the processor reads 64 bytes");
 
+// gcc's intrinsics do not say which memory they read and write: a configuration built on the stack could be thrown away
+// as never read, codes could be stored after the tile load that wants them. Hence the constant, and the barriers.
+constexpr TileConfig kTileConfig;
+
 inline void configure_tiles() {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  __asm__ volatile("" ::: "memory");
+  _tile_loadconfig(&kTileConfig);
 }
 
 }  // namespace
@@ -70,5 +75,6 @@ inline void configure_tiles() {
 #define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
 #define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
 #define TILE_DPBUSD(sum, a, b) _tile_dpbusd(sum, a, b)
+#define TILE_BARRIER() __asm__ volatile("" ::: "memory")
 
 #endif

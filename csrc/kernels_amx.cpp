@@ -1,8 +1,7 @@
 // AMX-int8 kernels; what is not a product of many rows is the AVX-512 VNNI code.
 //
-// Verified in emulation only (see amx.h): no processor with tiles was at hand, so there is no timing, and nothing here
-// has been tuned. Bound by design: one tile load per tile product (2 x 2 tiles share two loads of codes and two of
-// weights among four products).
+// Bound: one tile load for each tile product (2 x 2 tiles share two loads of codes and two of weights among four
+// products); see amx_pipeline.inl.
 #include "kernels.h"
 #include "codes.h"
 #include "vec_avx512.h"
@@ -24,6 +23,11 @@ constexpr int64_t kTileCols = 64;
 // Tiles come in sixteen rows: two even halves of 48 rows would each fill two.
 constexpr bool kEvenTiles = false;
 constexpr bool kWidePanels = false;
+// Code rows of one block stay in the second-level cache beside the weight panels they meet.
+constexpr int64_t kBlockBytes = 512 * 1024;
+constexpr int64_t kBlockRows = 512;
+constexpr int64_t kKeptWeights = 1024 * 1024;
+constexpr bool kPipelined = true;
 
 }  // namespace
 
@@ -102,6 +106,7 @@ inline void product_1x1(const uint8_t* a, int64_t lda, const int8_t* b, int64_t 
 
 void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int64_t panel_bytes, int64_t panels,
                int64_t depth, int32_t* tile, const int16_t* = nullptr) {
+  TILE_BARRIER();
   if (rows <= kVnniRows) return vnni_tile(a, lda, rows, b, panel_bytes, panels, depth, tile);
   const int64_t blocks = (depth + 63) / 64;
   for (int64_t p = 0; p < panels; p += 2) {
@@ -112,11 +117,13 @@ void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int
     else if (pair) product_1x2(a, lda, from, panel_bytes, blocks, tile + p * 16);
     else product_1x1(a, lda, from, blocks, tile + p * 16);
   }
+  TILE_BARRIER();
 }
 
 }  // namespace
 
 #include "linear.inl"
+#include "amx_pipeline.inl"
 #include "float_decode.inl"
 #include "float_direct.inl"
 #include "float_linear.inl"

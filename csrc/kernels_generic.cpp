@@ -19,6 +19,11 @@ constexpr int64_t kTileCols = 16;
 constexpr int64_t kFloatRows = 3;
 constexpr bool kEvenTiles = true;
 constexpr bool kWidePanels = false;
+// Code rows of one block stay in the second-level cache beside the weight panels they meet.
+constexpr int64_t kBlockBytes = 256 * 1024;
+constexpr int64_t kBlockRows = 192;
+constexpr int64_t kKeptWeights = 1024 * 1024;
+constexpr bool kPipelined = false;
 constexpr int64_t kDepthBlock = 256;
 
 inline void begin_product() {}

@@ -6,6 +6,9 @@
 //   gemm_tile(...)        int32 products of a tile
 //   pack_panel(...)       one 16-column panel from a row-major weight, and its column sums
 //   kPlainRows            up to this many rows a row-major weight is met by plain_tile(...) without packing
+//   kBlockBytes, kBlockRows  how many code rows are taken at once, at most; kBlockRows is a multiple of kTileRows
+//   kKeptWeights          bytes of weights that stay in the cache from one block of rows to the next
+//   kPipelined            whether pipelined_columns(...) computes whole panels, products and epilogue interleaved
 
 namespace {
 
@@ -15,8 +18,21 @@ using mono_quant::LinearArgs;
 
 // An int32 sum of products of u8 codes and (s8 - s8) codes cannot overflow up to this depth: 255 * 255 * 32768 < 2^31.
 constexpr int64_t kExactDepth = 32768;
-// Code rows of one block stay in the second-level cache beside the weight panels they meet.
-constexpr int64_t kBlockBytes = 256 * 1024;
+
+// Rows whose codes are ready.
+struct RowBlock {
+  int64_t row, rows;
+  int64_t next_rows;  // of the block that will be quantized after this one
+  bool first;  // of the rows that this thread computes
+  const uint8_t* codes;
+  const float* x_scale;
+  const int32_t* x_zero_point;
+  const int32_t* x_sum;
+};
+
+// Only where kPipelined: computes what it can of the columns, and answers the first that is left.
+[[maybe_unused]] int64_t pipelined_columns(const LinearArgs& p, const RowBlock& block, int64_t col_begin,
+                                           int64_t col_end);
 
 // What belongs to the columns of a tile: kTileCols readable elements each.
 struct Columns {
@@ -105,10 +121,16 @@ FinishTile finish_for(DType dtype, Activation activation) {
 
 inline int64_t padded_depth(int64_t k) { return mono_quant::round_up(k, mono_quant::kPanelDepth); }
 
-inline int64_t block_rows(int64_t kp, int64_t rows) {
-  int64_t fit = kBlockBytes / ((kp + 1) * (int64_t)sizeof(Code)) / kTileRows * kTileRows;
-  fit = mono_quant::smaller(mono_quant::larger(fit, kTileRows), 192 / kTileRows * kTileRows);
-  return mono_quant::smaller(fit, mono_quant::round_up(rows, kTileRows));
+// How many rows are quantized at once.
+inline int64_t block_rows(const LinearArgs& p, int64_t rows) {
+  const int64_t kp = padded_depth(p.k);
+  int64_t bytes = (kp + 1) * (int64_t)sizeof(Code);
+  if (kPipelined && p.n * kp <= kKeptWeights) {
+    // The inputs of the next block wait in the cache too.
+    bytes += p.k * element_size(p.dtype);
+  }
+  const int64_t fit = mono_quant::larger(kBlockBytes / bytes / kTileRows * kTileRows, kTileRows);
+  return mono_quant::smaller(mono_quant::smaller(fit, kBlockRows), mono_quant::round_up(rows, kTileRows));
 }
 
 // The next 64-byte aligned piece of a scratch area; with a null base only the size is counted.
@@ -130,7 +152,7 @@ struct Scratch {
 };
 
 inline Scratch carve(const LinearArgs& p, int64_t rows, char* base) {
-  const int64_t kp = padded_depth(p.k), count = block_rows(kp, rows);
+  const int64_t kp = padded_depth(p.k), count = block_rows(p, rows);
   int64_t at = 0;
   Scratch s;
   s.codes = (uint8_t*)piece(base, &at, count * kp);
@@ -282,7 +304,7 @@ void pack_weight(const int8_t* weight, int64_t n, int64_t k, int64_t panel_begin
 
 void linear(const LinearArgs& p, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
             void* scratch) {
-  const int64_t kp = padded_depth(p.k), step = block_rows(kp, row_end - row_begin);
+  const int64_t kp = padded_depth(p.k), step = block_rows(p, row_end - row_begin);
   const Scratch s = carve(p, row_end - row_begin, (char*)scratch);
   const FinishTile finish = finish_for(p.dtype, p.activation);
   begin_product();
@@ -303,7 +325,15 @@ void linear(const LinearArgs& p, int64_t row_begin, int64_t row_end, int64_t col
       for (int64_t r = 0; r < rows; ++r) s.sum[r] = (int32_t)(code_sum(codes + r * kp, p.k) - p.k * zero_point[r]);
     }
     const Code* a = code_rows(codes, rows * kp, (Code*)s.wide, (const Code*)nullptr);
-    linear_block(p, row, rows, col_begin, col_end, s, a, codes, scale, zero_point, finish);
+    int64_t col = col_begin;
+    if constexpr (kPipelined) {
+      if (p.k <= kExactDepth) {
+        const int64_t next_rows = mono_quant::smaller(step, row_end - row - rows);
+        const RowBlock block = {row, rows, next_rows, row == row_begin, codes, scale, zero_point, s.sum};
+        col = pipelined_columns(p, block, col, col_end);
+      }
+    }
+    linear_block(p, row, rows, col, col_end, s, a, codes, scale, zero_point, finish);
   }
   end_product();
 }
