@@ -171,7 +171,8 @@ PipelinedBlock pipelined_for(const LinearArgs& p) {
 
 // Computes what pairs of whole panels there are in the columns [col_begin, col_end); answers the first column that is
 // left.
-int64_t pipelined_columns(const LinearArgs& p, const RowBlock& block, int64_t col_begin, int64_t col_end) {
+template <typename Args>
+int64_t pipelined_columns(const Args& p, const RowBlock& block, int64_t col_begin, int64_t col_end) {
   const int64_t whole = (col_end - col_begin) / kPairColumns * kPairColumns;
   if (!p.packed || block.rows <= kVnniRows || whole == 0 || p.k == 0) return col_begin;
   PipelinedBlock run = p.dtype == mono_quant::kFloat32    ? pipelined_for<mono_quant::kFloat32>(p)

@@ -60,6 +60,35 @@ struct FloatLinearArgs {
   void* out;
 };
 
+// One head of one sample, float32; strides are elements from one row to the next.
+// out = softmax(q k^T * scale + mask) v; a query that sees no key answers zeros.
+struct AttentionArgs {
+  const float* q;  // [queries, depth]
+  const float* k;  // [keys, depth]
+  const float* v;  // [keys, depth]
+  int64_t q_stride, k_stride, v_stride;
+  int64_t queries, keys, depth;
+  float scale;
+  bool causal;  // the last query sees all keys, the one before it all but the last, ...
+  const float* mask;  // [queries, keys] or null; rows are readable up to a multiple of kMaskColumns
+  int64_t mask_stride;  // 0: one row for all queries
+  float* out;  // [queries, depth]
+  int64_t out_stride;
+};
+constexpr int64_t kMaskColumns = 64;
+
+// out = (v - mean(v)) / sqrt(variance(v) + eps) * weight + bias with v = x + residual, row by row; all float32
+// [rows, n] and contiguous. `out` may be `x` or `residual`.
+struct NormArgs {
+  const float* x;
+  const float* residual;
+  int64_t n;
+  const float* weight;
+  const float* bias;
+  float eps;
+  float* out;
+};
+
 struct KernelTable {
   const char* name;
 
@@ -89,6 +118,11 @@ struct KernelTable {
   // out[i, :] = (weight[index[i], :] - zero_point) * scale; indices are already checked.
   void (*embedding)(const int64_t* index, int64_t count, const int8_t* weight, int64_t dim, const float* scale,
                     const int8_t* zero_point, DType dtype, void* out);
+
+  int64_t (*attention_scratch_bytes)(const AttentionArgs& args);
+  void (*attention)(const AttentionArgs& args, void* scratch);
+
+  void (*add_norm)(const NormArgs& args, int64_t row_begin, int64_t row_end);
 
   const struct CodeKernels* codes;  // see codes.h
 };

@@ -140,6 +140,8 @@ constexpr int64_t kCodesRead = 64, kRowsRead = 32;
 #include "depthwise_vnni.inl"
 #include "depthwise.inl"
 #include "codes_simple.inl"
+#include "attention.inl"
+#include "norm.inl"
 
 namespace mono_quant {
 
@@ -151,7 +153,8 @@ const KernelTable kAmxKernels = {
     "amx",
 #endif
     1000e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
-    float_linear_scratch_bytes, float_linear, embedding, &kCodeKernels,
+    float_linear_scratch_bytes, float_linear, embedding,
+    attention_scratch_bytes, attention, add_norm, &kCodeKernels,
 };
 
 }  // namespace mono_quant

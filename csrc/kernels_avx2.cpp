@@ -74,6 +74,8 @@ constexpr int64_t kCodesRead = 16, kRowsRead = 1;
 #include "depthwise_plain.inl"
 #include "depthwise.inl"
 #include "codes_simple.inl"
+#include "attention.inl"
+#include "norm.inl"
 
 namespace mono_quant {
 
@@ -85,7 +87,8 @@ const KernelTable kAvx2Kernels = {
     "avx2", 80e3,
 #endif
     quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
-    float_linear_scratch_bytes, float_linear, embedding, &kCodeKernels,
+    float_linear_scratch_bytes, float_linear, embedding,
+    attention_scratch_bytes, attention, add_norm, &kCodeKernels,
 };
 
 }  // namespace mono_quant

@@ -31,8 +31,8 @@ struct RowBlock {
 };
 
 // Only where kPipelined: computes what it can of the columns, and answers the first that is left.
-[[maybe_unused]] int64_t pipelined_columns(const LinearArgs& p, const RowBlock& block, int64_t col_begin,
-                                           int64_t col_end);
+template <typename Args>
+int64_t pipelined_columns(const Args& p, const RowBlock& block, int64_t col_begin, int64_t col_end);
 
 // What belongs to the columns of a tile: kTileCols readable elements each.
 struct Columns {

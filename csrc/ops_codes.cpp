@@ -39,20 +39,6 @@ Tensor channels_last(Tensor x, const CodeValue& v) {
   return copy;
 }
 
-std::vector<Tensor> take_tensors(StableIValue value) {
-  const StableListHandle list = torch::stable::detail::to<StableListHandle>(value);
-  size_t count = 0;
-  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &count));
-  std::vector<Tensor> tensors;
-  for (size_t i = 0; i < count; ++i) {
-    StableIValue item;
-    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
-    tensors.push_back(take_tensor(item));
-  }
-  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
-  return tensors;
-}
-
 StableIValue release_tensors(std::vector<Tensor>& tensors) {
   StableListHandle list;
   TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(tensors.size(), &list));

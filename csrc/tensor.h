@@ -126,7 +126,23 @@ inline Tensor take_optional_tensor(StableIValue value) {
   return take_tensor(held);
 }
 
+inline std::vector<Tensor> take_tensors(StableIValue value) {
+  const StableListHandle list = torch::stable::detail::to<StableListHandle>(value);
+  size_t count = 0;
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &count));
+  std::vector<Tensor> tensors;
+  for (size_t i = 0; i < count; ++i) {
+    StableIValue item;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+    tensors.push_back(take_tensor(item));
+  }
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  return tensors;
+}
+
 inline int64_t take_int(StableIValue value) { return torch::stable::detail::to<int64_t>(value); }
+
+inline double take_float(StableIValue value) { return torch::stable::detail::to<double>(value); }
 
 // By hand: the header's conversion to std::string leaks one string per call.
 inline std::string take_string(StableIValue value) {

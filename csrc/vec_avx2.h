@@ -18,6 +18,7 @@ inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 inline F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
 inline F32 div(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+inline F32 square_root(F32 a) { return _mm256_sqrt_ps(a); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 // The second operand comes back when either is NaN, so a NaN in `b` survives.
 inline F32 min_keep(F32 a, F32 b) { return _mm256_min_ps(a, b); }

@@ -18,6 +18,7 @@ inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+inline F32 square_root(F32 a) { return _mm512_sqrt_ps(a); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 // The second operand comes back when either is NaN, so a NaN in `b` survives.
 inline F32 min_keep(F32 a, F32 b) { return _mm512_min_ps(a, b); }

@@ -18,6 +18,9 @@ inline F32 add(F32 a, F32 b) { return a + b; }
 inline F32 sub(F32 a, F32 b) { return a - b; }
 inline F32 mul(F32 a, F32 b) { return a * b; }
 inline F32 div(F32 a, F32 b) { return a / b; }
+inline F32 square_root(F32 a) {
+  return F32{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
+}
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 inline F32 blend(I32 mask, F32 if_set, F32 otherwise) { return (F32)(((I32)if_set & mask) | ((I32)otherwise & ~mask)); }
 // The second operand comes back when either is NaN, so a NaN in `b` survives.

@@ -14,7 +14,14 @@ from mono_quant.errors import CheckpointError, InputError
 from mono_quant.io.architecture import Blueprint, Expected, plan
 from mono_quant.io.checkpoint import Checkpoint
 from mono_quant.io.contents import copy_structure
-from mono_quant.modules import disable_fused_path, fuse_pair, mark_layers_that_share, restore_activations
+from mono_quant.modules import (
+    disable_fused_path,
+    fuse_encoder_layers,
+    fuse_pair,
+    mark_layers_that_share,
+    restore_activations,
+    restore_encoder_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -181,8 +188,10 @@ def _build(
             suggestion="Build the architecture on the CPU.",
         )
     mark_layers_that_share(model)
+    restore_encoder_layers(model)
     if checkpoint.header is not None:
         _fuse(checkpoint, model)
+    fuse_encoder_layers(model)
     disable_fused_path(model)
     return model if device is None else model.to(device)
 

@@ -16,6 +16,12 @@ from mono_quant.modules.embedding import (
     quantize_embedding_bag_module,
     quantize_embedding_module,
 )
+from mono_quant.modules.encoder_layer import (
+    FusedEncoderLayer,
+    fuse_encoder_layers,
+    restore_encoder_layers,
+    why_not_fused,
+)
 from mono_quant.modules.fusion import (
     FusedActivation,
     fuse_activations,
@@ -35,6 +41,7 @@ convert_to_pytorch_native = revert_to_standard_modules
 
 __all__ = [
     "FusedActivation",
+    "FusedEncoderLayer",
     "PackedWeight",
     "convert_to_pytorch_native",
     "QuantizedConv1d",
@@ -49,6 +56,7 @@ __all__ = [
     "counterpart_for_scheme",
     "disable_fused_path",
     "fuse_activations",
+    "fuse_encoder_layers",
     "fuse_pair",
     "fused_pairs",
     "mark_layers_that_share",
@@ -62,7 +70,9 @@ __all__ = [
     "quantize_linear_module_int4",
     "register",
     "restore_activations",
+    "restore_encoder_layers",
     "restore_fused_path",
     "revert_to_standard_modules",
     "standard_modules",
+    "why_not_fused",
 ]

@@ -16,6 +16,7 @@ from torch.library import Library, register_fake
 from mono_quant.core.packing import TILE_IN, TILE_OUT
 from mono_quant.ops import reference
 from mono_quant.ops.code_reference import run_codes_shape
+from mono_quant.ops.encoder_reference import encoder_layer_shape
 
 NAMESPACE = "mono_quant"
 
@@ -34,6 +35,8 @@ SCHEMAS: dict[str, str] = {
     "linear_weight_only": "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, "
     "Tensor? bias, int in_features, int bits, int group_size) -> Tensor",
     "linear_half": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "encoder_layer": "(Tensor x, Tensor? mask, Tensor[] weights, int heads, float scale, float attention_eps, "
+    "float output_eps, str activation) -> Tensor",
     "run_codes": "(Tensor[] inputs, Tensor constants, str program) -> Tensor[]",
 }
 
@@ -126,6 +129,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "conv_dynamic": _conv_dynamic_shape,
     "linear_weight_only": _linear_weight_only_shape,
     "linear_half": _linear_half_shape,
+    "encoder_layer": encoder_layer_shape,
     "run_codes": run_codes_shape,
 }
 

@@ -17,6 +17,7 @@ from mono_quant.core.mappers import SMALLEST_SCALE
 from mono_quant.core.packing import pack_tiles, unpack_int32, unpack_tiles
 from mono_quant.core.quantized_tensor import row_chunks
 from mono_quant.errors import ConfigurationError, InputError
+from mono_quant.ops import encoder_reference
 from mono_quant.ops.code_reference import run_codes as run_codes
 
 
@@ -276,3 +277,19 @@ def linear_half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     for block in row_chunks(weight.shape[0], weight.shape[1]):
         out[:, block] = F.linear(rows, weight[block].float(), None if bias is None else bias[block].float())
     return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def encoder_layer(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: list[Tensor],
+    heads: int,
+    scale: float,
+    attention_eps: float,
+    output_eps: float,
+    activation: str,
+) -> Tensor:
+    """See :func:`mono_quant.ops.encoder_reference.encoder_layer`."""
+    return encoder_reference.encoder_layer(
+        linear_dynamic_packed, x, mask, weights, heads, scale, attention_eps, output_eps, activation
+    )

@@ -1,0 +1,210 @@
+// Attention of one head: softmax(q k^T * scale + mask) v in float32, for any number of lanes.
+//
+// Keys are transposed once, so that scores come out side by side; six queries share each load of keys and values, whose
+// scores stay in the first-level cache from the product to the sum over values. Bound: the rate of multiply-adds, with an
+// exponential (about 14 instructions for a vector) beside every 2 * depth of them.
+
+namespace {
+
+using mono_quant::AttentionArgs;
+
+constexpr int64_t kQueryRows = 6;
+constexpr int kScoreVectors = kLanes == 16 ? 4 : 2;
+// Scores are computed for whole blocks of keys; those behind the last key are masked.
+constexpr int64_t kKeyBlock = kScoreVectors * kLanes;
+
+inline int64_t padded_keys(const AttentionArgs& p) { return mono_quant::round_up(p.keys, kKeyBlock); }
+inline int64_t padded_width(const AttentionArgs& p) { return mono_quant::round_up(p.depth, kLanes); }
+
+struct AttentionScratch {
+  float* keys;  // [depth, padded keys]: transposed
+  float* values;  // [keys, padded width], where the depth is not a whole number of vectors
+  float* scores;  // [kQueryRows, padded keys]
+  int64_t bytes;
+};
+
+inline AttentionScratch attention_scratch(const AttentionArgs& p, char* base) {
+  const int64_t columns = padded_keys(p), width = padded_width(p);
+  const int64_t keys = width * columns, values = width == p.depth ? 0 : p.keys * width;
+  float* f = (float*)base;
+  return {f, f + keys, f + keys + values, (keys + values + kQueryRows * columns) * (int64_t)sizeof(float)};
+}
+
+int64_t attention_scratch_bytes(const AttentionArgs& p) { return attention_scratch(p, nullptr).bytes; }
+
+void transpose_keys(const AttentionArgs& p, float* to) {
+  const int64_t columns = padded_keys(p);
+  for (int64_t key = 0; key < columns; key += kLanes) {
+    const int64_t rows = mono_quant::smaller(kLanes, p.keys - key);
+    for (int64_t d = 0; d < p.depth; d += kLanes) {
+      I32 block[kLanes];
+      if (rows > 0) {
+        const char* from = (const char*)(p.k + key * p.k_stride + d);
+        load_transposed(from, p.k_stride * 4, rows, (p.depth - d) * 4, block);
+      } else {
+        for (int i = 0; i < kLanes; ++i) block[i] = splat_i32(0);
+      }
+      for (int i = 0; i < kLanes; ++i) store_i32((int32_t*)to + (d + i) * columns + key, block[i]);
+    }
+  }
+}
+
+void pad_values(const AttentionArgs& p, float* to) {
+  const int64_t width = padded_width(p);
+  for (int64_t key = 0; key < p.keys; ++key, to += width) {
+    memcpy(to, p.v + key * p.v_stride, (size_t)p.depth * 4);
+    for (int64_t d = p.depth; d < width; ++d) to[d] = 0.f;
+  }
+}
+
+// e^v for v <= 0, zero for minus infinity, NaN for NaN: the polynomial of `exponential`, a single power of two.
+inline F32 softmax_exponential(F32 v) {
+  const F32 inside = max_keep(splat(-87.3f), v);
+  const I32 n = round_to_i32(mul(inside, splat(1.44269504f)));
+  const F32 nf = to_f32(n);
+  F32 r = fma(nf, splat(-0.693359375f), inside);
+  r = fma(nf, splat(2.12194440e-4f), r);
+  F32 e = splat(0.008368710055947304f);
+  e = fma(e, r, splat(0.04166838899254799f));
+  e = fma(e, r, splat(0.1666652113199234f));
+  e = fma(e, r, splat(0.4999999403953552f));
+  e = fma(mul(e, r), r, r);
+  e = mul(add(e, splat(1.f)), bits_to_f32(shift_left<23>(add_i32(n, splat_i32(127)))));
+  return select_negative(add(v, splat(87.3f)), splat(0.f), e);
+}
+
+inline float sum_of_lanes(F32 v) {
+  alignas(64) float lanes[kLanes];
+  store_f32(lanes, v);
+  float sum = 0.f;
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  return sum;
+}
+
+template <int kRows>
+void query_scores(const float* q, int64_t q_stride, int64_t depth, const float* keys, int64_t columns, int64_t end,
+                  float* scores) {
+  for (int64_t key = 0; key < end; key += kKeyBlock) {
+    F32 sum[kRows][kScoreVectors];
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kScoreVectors; ++c) sum[r][c] = splat(0.f);
+    }
+    for (int64_t d = 0; d < depth; ++d) {
+      F32 k[kScoreVectors];
+#pragma GCC unroll 4
+      for (int c = 0; c < kScoreVectors; ++c) k[c] = load_f32(keys + d * columns + key + c * kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const F32 x = splat(q[r * q_stride + d]);
+#pragma GCC unroll 4
+        for (int c = 0; c < kScoreVectors; ++c) sum[r][c] = fma(x, k[c], sum[r][c]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kScoreVectors; ++c) store_f32(scores + r * columns + key + c * kLanes, sum[r][c]);
+    }
+  }
+}
+
+// Scores of one query to weights that are not divided by their sum yet; answers its inverse. Only the first `visible`
+// keys are seen; weights up to `end`, a whole number of blocks, are written.
+inline float soften(float* scores, int64_t visible, int64_t end, float scale, const float* mask) {
+  const float none = -__builtin_inff();
+  for (int64_t i = visible; i < end; ++i) scores[i] = none;
+  F32 highest = splat(none);
+  for (int64_t i = 0; i < end; i += kLanes) {
+    F32 v = mul(load_f32(scores + i), splat(scale));
+    if (mask) v = add(v, load_f32(mask + i));
+    store_f32(scores + i, v);
+    highest = max_keep(highest, v);
+  }
+  const float most = highest_lane(highest);
+  // A query that sees nothing answers zeros.
+  const F32 shift = splat(most == none ? 0.f : most);
+  F32 sum = splat(0.f);
+  for (int64_t i = 0; i < end; i += kLanes) {
+    const F32 e = softmax_exponential(sub(load_f32(scores + i), shift));
+    store_f32(scores + i, e);
+    sum = add(sum, e);
+  }
+  const float total = sum_of_lanes(sum);
+  return total == 0.f ? 0.f : 1.f / total;
+}
+
+template <int kRows, int kVectors>
+void weighted_values(const float* weights, int64_t columns, int64_t keys, const float* v, int64_t v_stride,
+                     const float* inverse, float* out, int64_t out_stride, int64_t width) {
+  F32 sum[kRows][kVectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) sum[r][c] = splat(0.f);
+  }
+  for (int64_t key = 0; key < keys; ++key, v += v_stride) {
+    F32 x[kVectors];
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) x[c] = load_f32(v + c * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const F32 w = splat(weights[r * columns + key]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) sum[r][c] = fma(w, x[c], sum[r][c]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    alignas(64) float row[kVectors * kLanes];
+    for (int c = 0; c < kVectors; ++c) store_f32(row + c * kLanes, mul(sum[r][c], splat(inverse[r])));
+    memcpy(out + r * out_stride, row, (size_t)width * 4);
+  }
+}
+
+template <int kRows>
+void query_block(const AttentionArgs& p, const AttentionScratch& s, int64_t first) {
+  const int64_t columns = padded_keys(p), width = padded_width(p);
+  // With a causal mask a query sees itself and what lies before; the last query sees all keys.
+  const int64_t seen = p.causal ? p.keys - p.queries + first + 1 : p.keys;
+  const int64_t most = p.causal ? mono_quant::smaller(p.keys, seen + kRows - 1) : p.keys;
+  const int64_t end = mono_quant::round_up(mono_quant::larger(most, 0), kKeyBlock);
+  query_scores<kRows>(p.q + first * p.q_stride, p.q_stride, p.depth, s.keys, columns, end, s.scores);
+  float inverse[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t visible = p.causal ? mono_quant::smaller(p.keys, mono_quant::larger(0, seen + r)) : p.keys;
+    const float* mask = p.mask ? p.mask + (first + r) * p.mask_stride : nullptr;
+    inverse[r] = soften(s.scores + r * columns, visible, end, p.scale, mask);
+  }
+  const float* v = width == p.depth ? p.v : s.values;
+  const int64_t v_stride = width == p.depth ? p.v_stride : width;
+  float* out = p.out + first * p.out_stride;
+  const int64_t keys = mono_quant::larger(most, 0);
+  for (int64_t d = 0; d < width;) {
+    const int64_t vectors = mono_quant::smaller(kScoreVectors, (width - d) / kLanes);
+    const int64_t count = mono_quant::smaller(vectors * kLanes, p.depth - d);
+    if (vectors == 4) {
+      weighted_values<kRows, kScoreVectors>(s.scores, columns, keys, v + d, v_stride, inverse, out + d, p.out_stride,
+                                            count);
+    } else if (vectors == 3) {
+      weighted_values<kRows, 3>(s.scores, columns, keys, v + d, v_stride, inverse, out + d, p.out_stride, count);
+    } else if (vectors == 2) {
+      weighted_values<kRows, 2>(s.scores, columns, keys, v + d, v_stride, inverse, out + d, p.out_stride, count);
+    } else {
+      weighted_values<kRows, 1>(s.scores, columns, keys, v + d, v_stride, inverse, out + d, p.out_stride, count);
+    }
+    d += vectors * kLanes;
+  }
+}
+
+void attention(const AttentionArgs& p, void* scratch) {
+  const AttentionScratch s = attention_scratch(p, (char*)scratch);
+  transpose_keys(p, s.keys);
+  if (padded_width(p) != p.depth) pad_values(p, s.values);
+  int64_t first = 0;
+  for (; first + kQueryRows <= p.queries; first += kQueryRows) query_block<kQueryRows>(p, s, first);
+  for (; first + 2 <= p.queries; first += 2) query_block<2>(p, s, first);
+  if (first < p.queries) query_block<1>(p, s, first);
+}
+
+}  // namespace

@@ -1,0 +1,59 @@
+"""Encoder layers of transformers that can run as one operator."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from torch import nn
+
+from mono_quant.modules.encoder_layer import EncoderLayout, register_encoder_layer
+
+
+def _refuse_bert(layer: nn.Module) -> str | None:
+    if getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False):
+        return "it is the layer of a decoder"
+    if getattr(layer, "chunk_size_feed_forward", 0):
+        return "its feed-forward part works in chunks"
+    return None
+
+
+def _refuse_distilbert(layer: nn.Module) -> str | None:
+    return "its feed-forward part works in chunks" if getattr(layer.ffn, "chunk_size_feed_forward", 0) else None
+
+
+#: BERT and the models whose layers are its layers under another name.
+_BERT: Final = EncoderLayout(
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    output="attention.output.dense",
+    up="intermediate.dense",
+    down="output.dense",
+    activation="intermediate.intermediate_act_fn",
+    attention_norm="attention.output.LayerNorm",
+    output_norm="output.LayerNorm",
+    heads="attention.self.num_attention_heads",
+    scale="attention.self.scaling",
+    refuse=_refuse_bert,
+)
+_DISTILBERT: Final = EncoderLayout(
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    output="attention.out_lin",
+    up="ffn.lin1",
+    down="ffn.lin2",
+    activation="ffn.activation",
+    attention_norm="sa_layer_norm",
+    output_norm="output_layer_norm",
+    heads="attention.n_heads",
+    scale="attention.scaling",
+    refuse=_refuse_distilbert,
+)
+
+register_encoder_layer("transformers.models.bert.modeling_bert.BertLayer", _BERT)
+register_encoder_layer("transformers.models.roberta.modeling_roberta.RobertaLayer", _BERT)
+register_encoder_layer("transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer", _BERT)
+register_encoder_layer("transformers.models.camembert.modeling_camembert.CamembertLayer", _BERT)
+register_encoder_layer("transformers.models.electra.modeling_electra.ElectraLayer", _BERT)
+register_encoder_layer("transformers.models.distilbert.modeling_distilbert.TransformerBlock", _DISTILBERT)
