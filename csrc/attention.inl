@@ -9,6 +9,8 @@ namespace {
 using mono_quant::AttentionArgs;
 
 constexpr int64_t kQueryRows = 6;
+// For so few, keys that are transposed in memory are not read often enough.
+constexpr int64_t kFewQueries = 3;
 constexpr int kScoreVectors = kLanes == 16 ? 4 : 2;
 // Scores are computed for whole blocks of keys; those behind the last key are masked.
 constexpr int64_t kKeyBlock = kScoreVectors * kLanes;
@@ -135,6 +137,30 @@ inline float soften(float* scores, int64_t visible, int64_t end, float scale, co
   return total == 0.f ? 0.f : 1.f / total;
 }
 
+// The same for few queries: keys are transposed in registers, a block of kLanes at a time, and met at once.
+template <int kRows>
+void direct_scores(const AttentionArgs& p, const float* q, int64_t columns, int64_t end, float* scores) {
+  for (int64_t key = 0; key < end; key += kLanes) {
+    const int64_t rows = mono_quant::smaller(kLanes, p.keys - key);
+    F32 sum[2][kRows];
+    for (int r = 0; r < kRows; ++r) sum[0][r] = sum[1][r] = splat(0.f);
+    for (int64_t d = 0; d < p.depth && rows > 0; d += kLanes) {
+      I32 block[kLanes];
+      load_transposed((const char*)(p.k + key * p.k_stride + d), p.k_stride * 4, rows, (p.depth - d) * 4, block);
+      const int64_t count = mono_quant::smaller(kLanes, p.depth - d);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (i >= count) break;
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sum[i & 1][r] = fma(splat(q[r * p.q_stride + d + i]), bits_to_f32(block[i]), sum[i & 1][r]);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) store_f32(scores + r * columns + key, add(sum[0][r], sum[1][r]));
+  }
+}
+
 template <int kRows, int kVectors>
 void weighted_values(const float* weights, int64_t columns, int64_t keys, const float* v, int64_t v_stride,
                      const float* inverse, float* out, int64_t out_stride, int64_t width) {
@@ -169,7 +195,9 @@ void query_block(const AttentionArgs& p, const AttentionScratch& s, int64_t firs
   const int64_t seen = p.causal ? p.keys - p.queries + first + 1 : p.keys;
   const int64_t most = p.causal ? mono_quant::smaller(p.keys, seen + kRows - 1) : p.keys;
   const int64_t end = mono_quant::round_up(mono_quant::larger(most, 0), kKeyBlock);
-  query_scores<kRows>(p.q + first * p.q_stride, p.q_stride, p.depth, s.keys, columns, end, s.scores);
+  const float* q = p.q + first * p.q_stride;
+  if (p.queries <= kFewQueries) direct_scores<kRows>(p, q, columns, end, s.scores);
+  else query_scores<kRows>(q, p.q_stride, p.depth, s.keys, columns, end, s.scores);
   float inverse[kRows];
   for (int r = 0; r < kRows; ++r) {
     const int64_t visible = p.causal ? mono_quant::smaller(p.keys, mono_quant::larger(0, seen + r)) : p.keys;
@@ -199,10 +227,11 @@ void query_block(const AttentionArgs& p, const AttentionScratch& s, int64_t firs
 
 void attention(const AttentionArgs& p, void* scratch) {
   const AttentionScratch s = attention_scratch(p, (char*)scratch);
-  transpose_keys(p, s.keys);
+  if (p.queries > kFewQueries) transpose_keys(p, s.keys);
   if (padded_width(p) != p.depth) pad_values(p, s.values);
   int64_t first = 0;
   for (; first + kQueryRows <= p.queries; first += kQueryRows) query_block<kQueryRows>(p, s, first);
+  for (; first + 3 <= p.queries; first += 3) query_block<3>(p, s, first);
   for (; first + 2 <= p.queries; first += 2) query_block<2>(p, s, first);
   if (first < p.queries) query_block<1>(p, s, first);
 }

@@ -7,27 +7,11 @@
 // do; no number of threads is relied on.
 #pragma once
 
-#include <sched.h>
-
-#include <atomic>
-#include <memory>
 #include <vector>
 
-#include "isa.h"
-#include "kept_memory.h"
-#include "parallel.h"
+#include "packed_layer.h"
 
 namespace mono_quant {
-
-struct EncoderLinear {
-  const int8_t* packed;
-  const int32_t* column_sum;
-  const float* weight_scale;
-  const int8_t* weight_zero_point;  // or null
-  const float* bias;
-  int64_t inputs, outputs;
-  Activation activation;
-};
 
 struct EncoderNorm {
   const float* weight;
@@ -39,7 +23,7 @@ struct EncoderArgs {
   const float* x;  // [samples, length, width]
   float* out;
   int64_t samples, length, width, heads;
-  EncoderLinear query, key, value, output, up, down;
+  PackedLayer query, key, value, output, up, down;
   EncoderNorm attention_norm, output_norm;
   float scale;
   const float* mask;  // [samples, mask_rows, round_up(length, kMaskColumns)] or null
@@ -48,7 +32,7 @@ struct EncoderArgs {
 
 class EncoderRun {
  public:
-  explicit EncoderRun(const EncoderArgs& args) : p_(args), table_(kernels()) {
+  explicit EncoderRun(const EncoderArgs& args) : p_(args), table_(kernels()), meeting_(kSteps) {
     const double rows = (double)(p_.samples * p_.length);
     const double products = rows * (double)p_.width * (double)(4 * p_.width + 2 * p_.up.outputs);
     // Multiply-adds of attention are float32 ones, about an eighth as fast.
@@ -96,41 +80,23 @@ class EncoderRun {
   struct Buffers {
     float *query, *key, *value, *context, *sum, *hidden;  // [rows, width]
     float* wide;  // [chunk, outputs of `up`]
-    uint8_t* codes;
-    float* scale;
-    int32_t* zero_point;
+    Codes codes;
     int64_t bytes;
   };
 
-  // A step for the rows [begin, begin + rows) of a group; pieces are ranges of rows (or heads) and of columns.
-  struct Piece {
-    int64_t begin, end, col_begin, col_end;
-  };
-
   Buffers carve(char* base, int64_t rows, int64_t chunk) const {
-    int64_t at = 0;
-    auto take = [&](int64_t bytes) {
-      char* piece = base ? base + at : nullptr;
-      at += round_up(bytes, 64);
-      return piece;
-    };
-    const int64_t width = p_.width * 4, wide = p_.up.outputs * 4;
+    Carver take(base);
     Buffers b;
-    b.query = (float*)take(rows * width);
-    b.key = (float*)take(rows * width);
-    b.value = (float*)take(rows * width);
+    b.query = take.floats(rows * p_.width);
+    b.key = take.floats(rows * p_.width);
+    b.value = take.floats(rows * p_.width);
     // What attention answers replaces the queries; after it keys and values are not needed.
     b.context = b.query;
     b.sum = b.key;
     b.hidden = b.value;
-    b.wide = (float*)take(chunk * wide);
-    const int64_t narrow_codes = rows * round_up(p_.width, kPanelDepth);
-    const int64_t wide_codes = chunk * round_up(p_.up.outputs, kPanelDepth);
-    const int64_t behind = kReadablePastEnd * round_up(larger(p_.width, p_.up.outputs), kPanelDepth);
-    b.codes = (uint8_t*)take(larger(narrow_codes, wide_codes) + behind);
-    b.scale = (float*)take(rows * 4);
-    b.zero_point = (int32_t*)take(rows * 4);
-    b.bytes = at;
+    b.wide = take.floats(chunk * p_.up.outputs);
+    b.codes = take.codes(rows, larger(p_.width, p_.up.outputs));
+    b.bytes = take.bytes();
     return b;
   }
 
@@ -164,32 +130,6 @@ class EncoderRun {
     }
   }
 
-  void quantize(const float* x, int64_t width, const Buffers& b, const Piece& piece) const {
-    const int64_t stride = round_up(width, kPanelDepth);
-    table_.quantize_rows(x + piece.begin * width, kFloat32, width, piece.end - piece.begin, width,
-                         b.codes + piece.begin * stride, stride, b.scale + piece.begin, b.zero_point + piece.begin);
-  }
-
-  void multiply(const EncoderLinear& layer, const Buffers& b, int64_t rows, float* out, const Piece& piece) const {
-    LinearArgs a = {};
-    a.x_stride = a.k = layer.inputs;
-    a.dtype = kFloat32;
-    a.m = rows;
-    a.n = layer.outputs;
-    a.packed = layer.packed;
-    a.column_sum = layer.column_sum;
-    a.weight_scale = layer.weight_scale;
-    a.weight_zero_point = layer.weight_zero_point;
-    a.bias = layer.bias;
-    a.activation = layer.activation;
-    a.out = out;
-    a.codes = b.codes;
-    a.x_scale = b.scale;
-    a.x_zero_point = b.zero_point;
-    const ThreadScratch scratch(table_.linear_scratch_bytes(a, piece.end - piece.begin));
-    table_.linear(a, piece.begin, piece.end, piece.col_begin, piece.col_end, scratch.get());
-  }
-
   void normalize(const EncoderNorm& norm, const float* x, const float* residual, float* out, const Piece& piece) const {
     table_.add_norm({x, residual, p_.width, norm.weight, norm.bias, norm.eps, out}, piece.begin, piece.end);
   }
@@ -198,29 +138,22 @@ class EncoderRun {
   void step(int number, const Group& g, const Buffers& b, int64_t from, int64_t rows, const Piece& piece) const {
     const int64_t start = g.first * p_.length + from;
     switch (number) {
-      case 0: return quantize(p_.x + g.first * p_.length * p_.width, p_.width, b, piece);
-      case 1: return project(b, g.samples * p_.length, piece);
+      case 0: return quantize(table_, p_.x + start * p_.width, p_.width, b.codes, piece);
+      case 1: {
+        const PackedLayer* const layers[] = {&p_.query, &p_.key, &p_.value};
+        float* const to[] = {b.query, b.key, b.value};
+        return multiply_beside(table_, layers, to, 3, b.codes, rows, piece);
+      }
       case 2: return attend(g, b, piece);
-      case 3: return quantize(b.context + from * p_.width, p_.width, b, piece);
-      case 4: return multiply(p_.output, b, rows, b.sum, piece);
+      case 3: return quantize(table_, b.context + from * p_.width, p_.width, b.codes, piece);
+      case 4: return multiply(table_, p_.output, b.codes, rows, b.sum, piece);
       case 5:
         normalize(p_.attention_norm, b.sum, p_.x + start * p_.width, b.hidden, piece);
-        return quantize(b.hidden, p_.width, b, piece);
-      case 6: return multiply(p_.up, b, rows, b.wide, piece);
-      case 7: return quantize(b.wide, p_.up.outputs, b, piece);
-      case 8: return multiply(p_.down, b, rows, b.sum, piece);
+        return quantize(table_, b.hidden, p_.width, b.codes, piece);
+      case 6: return multiply(table_, p_.up, b.codes, rows, b.wide, piece);
+      case 7: return quantize(table_, b.wide, p_.up.outputs, b.codes, piece);
+      case 8: return multiply(table_, p_.down, b.codes, rows, b.sum, piece);
       default: return normalize(p_.output_norm, b.sum, b.hidden, p_.out + start * p_.width, piece);
-    }
-  }
-
-  // Columns of query, key and value side by side, each padded to a multiple of 64.
-  void project(const Buffers& b, int64_t rows, const Piece& piece) const {
-    const EncoderLinear* const layers[] = {&p_.query, &p_.key, &p_.value};
-    float* const to[] = {b.query, b.key, b.value};
-    const int64_t padded = round_up(p_.width, 64);
-    for (int i = 0; i < 3; ++i) {
-      const int64_t begin = larger(piece.col_begin - i * padded, 0), end = smaller(piece.col_end - i * padded, p_.width);
-      if (begin < end) multiply(*layers[i], b, rows, to[i], {piece.begin, piece.end, begin, end});
     }
   }
 
@@ -249,33 +182,8 @@ class EncoderRun {
     const int64_t rows = g.samples * p_.length;
     const Buffers b = carve(g.memory, rows, rows);
     for (int i = 0; i < kSteps; ++i) {
-      const int64_t lines = lines_of(i, g, rows), columns = columns_of(i), parts = 2 * threads_;
-      // Products are divided by columns where rows are few: each piece then reads its own weights only.
-      const int64_t row_parts = columns > 1 ? smaller(threads_, larger(1, lines / 64)) : smaller(lines, parts);
-      const int64_t row_step = (lines + row_parts - 1) / row_parts;
-      const int64_t col_parts = columns > 1 ? larger(1, parts / row_parts) : 1;
-      const int64_t col_step = columns > 1 ? round_up((columns + col_parts - 1) / col_parts, 64) : 1;
-      const int64_t across = (columns + col_step - 1) / col_step, pieces = (lines + row_step - 1) / row_step * across;
-      Counter& counter = counters_[i];
-      for (int64_t n; (n = counter.next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
-        const int64_t row = n / across * row_step, col = n % across * col_step;
-        step(i, g, b, 0, rows, {row, smaller(lines, row + row_step), col, smaller(columns, col + col_step)});
-        counter.done.fetch_add(1, std::memory_order_release);
-      }
-      wait_for(counter, pieces);
-    }
-  }
-
-  struct alignas(128) Counter {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-
-  static void wait_for(const Counter& counter, int64_t pieces) {
-    for (int64_t spins = 0; counter.done.load(std::memory_order_acquire) < pieces; ++spins) {
-      if (spins > 4096) sched_yield();
-#if defined(__x86_64__)
-      else __builtin_ia32_pause();
-#endif
+      const Division d(lines_of(i, g, rows), columns_of(i), threads_);
+      meeting_.share(i, d.pieces(), [&](int64_t n) { step(i, g, b, 0, rows, d.piece(n)); });
     }
   }
 
@@ -289,7 +197,7 @@ class EncoderRun {
   int64_t area_ = 0;
   int64_t attention_scratch_ = 0;
   std::unique_ptr<KeptMemory> kept_;
-  Counter counters_[kSteps];
+  Meetings meeting_;
 };
 
 }  // namespace mono_quant

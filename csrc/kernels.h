@@ -89,6 +89,17 @@ struct NormArgs {
   float* out;
 };
 
+// out = v / sqrt(mean(v^2) + eps) * weight with v = x + residual, row by row; all float32 [rows, n], contiguous.
+struct RmsNormArgs {
+  const float* x;
+  const float* residual;  // or null
+  int64_t n;
+  const float* weight;
+  float eps;
+  float* sum;  // gets v, or null; may be `x` or `residual`
+  float* out;
+};
+
 struct KernelTable {
   const char* name;
 
@@ -123,6 +134,12 @@ struct KernelTable {
   void (*attention)(const AttentionArgs& args, void* scratch);
 
   void (*add_norm)(const NormArgs& args, int64_t row_begin, int64_t row_end);
+
+  void (*rms_norm)(const RmsNormArgs& args, int64_t row_begin, int64_t row_end);
+  // Rotary positions in place: x [heads, depth], the angles [depth] of one position.
+  void (*rotate)(float* x, int64_t heads, int64_t depth, const float* cosine, const float* sine);
+  void (*multiply)(float* x, const float* by, int64_t count);
+  void (*add)(const float* a, const float* b, float* out, int64_t count);
 
   const struct CodeKernels* codes;  // see codes.h
 };

@@ -65,13 +65,14 @@ constexpr int64_t kCodesRead = 4, kRowsRead = 1;
 #include "codes_simple.inl"
 #include "attention.inl"
 #include "norm.inl"
+#include "elementwise.inl"
 
 namespace mono_quant {
 
 const KernelTable kAvx512VnniKernels = {
     "avx512vnni", 180e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
     float_linear_scratch_bytes, float_linear, embedding,
-    attention_scratch_bytes, attention, add_norm, &kCodeKernels,
+    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, &kCodeKernels,
 };
 
 }  // namespace mono_quant

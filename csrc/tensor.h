@@ -142,6 +142,8 @@ inline std::vector<Tensor> take_tensors(StableIValue value) {
 
 inline int64_t take_int(StableIValue value) { return torch::stable::detail::to<int64_t>(value); }
 
+inline bool take_bool(StableIValue value) { return torch::stable::detail::to<bool>(value); }
+
 inline double take_float(StableIValue value) { return torch::stable::detail::to<double>(value); }
 
 // By hand: the header's conversion to std::string leaks one string per call.

@@ -19,7 +19,7 @@ from mono_quant.api.state_dict import quantize_state_dict
 from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.quantization_info import QuantizationInfo
 from mono_quant.errors import ConfigurationError, InputTypeError, QuantizationError
-from mono_quant.modules import disable_fused_path, fuse_encoder_layers, mark_layers_that_share
+from mono_quant.modules import disable_fused_path, fuse_layers, mark_layers_that_share
 from mono_quant.modules import fuse_activations as fuse_activation_modules
 from mono_quant.report import decibels, model_bytes
 
@@ -120,7 +120,7 @@ def _finish(quantized: nn.Module, options: Options) -> list[str]:
     mark_layers_that_share(quantized)
     if options.fuse_activations:
         fuse_activation_modules(quantized)
-        fuse_encoder_layers(quantized)
+        fuse_layers(quantized)
     return [
         f"{name or 'the model'}: PyTorch's fused float path is off, or it would run instead"
         for name in disable_fused_path(quantized)

@@ -18,12 +18,12 @@ from mono_quant.modules import (
     FusedActivation,
     disable_fused_path,
     fuse_activations,
-    fuse_encoder_layers,
+    fuse_layers,
     fused_pairs,
     mark_layers_that_share,
     restore_activations,
-    restore_encoder_layers,
     restore_fused_path,
+    restore_layers,
 )
 from mono_quant.report import model_bytes
 
@@ -133,13 +133,13 @@ class WorkingCopy:
         mark_layers_that_share(model)
         if fuse:
             fuse_activations(model)
-            fuse_encoder_layers(model)
+            fuse_layers(model)
         disable_fused_path(model)
         try:
             with evaluating(model):
                 yield model
         finally:
-            restore_encoder_layers(model)
+            restore_layers(model)
             restore_activations(model)
             self._place({unit.name: FLOAT for unit in self.units})
             restore_fused_path(self._root)

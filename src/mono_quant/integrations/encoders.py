@@ -6,7 +6,8 @@ from typing import Final
 
 from torch import nn
 
-from mono_quant.modules.encoder_layer import EncoderLayout, register_encoder_layer
+from mono_quant.modules.encoder_layer import EncoderLayout
+from mono_quant.modules.fused_layer import register_layout
 
 
 def _refuse_bert(layer: nn.Module) -> str | None:
@@ -51,9 +52,9 @@ _DISTILBERT: Final = EncoderLayout(
     refuse=_refuse_distilbert,
 )
 
-register_encoder_layer("transformers.models.bert.modeling_bert.BertLayer", _BERT)
-register_encoder_layer("transformers.models.roberta.modeling_roberta.RobertaLayer", _BERT)
-register_encoder_layer("transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer", _BERT)
-register_encoder_layer("transformers.models.camembert.modeling_camembert.CamembertLayer", _BERT)
-register_encoder_layer("transformers.models.electra.modeling_electra.ElectraLayer", _BERT)
-register_encoder_layer("transformers.models.distilbert.modeling_distilbert.TransformerBlock", _DISTILBERT)
+register_layout("transformers.models.bert.modeling_bert.BertLayer", _BERT)
+register_layout("transformers.models.roberta.modeling_roberta.RobertaLayer", _BERT)
+register_layout("transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer", _BERT)
+register_layout("transformers.models.camembert.modeling_camembert.CamembertLayer", _BERT)
+register_layout("transformers.models.electra.modeling_electra.ElectraLayer", _BERT)
+register_layout("transformers.models.distilbert.modeling_distilbert.TransformerBlock", _DISTILBERT)

@@ -16,11 +16,11 @@ from mono_quant.io.checkpoint import Checkpoint
 from mono_quant.io.contents import copy_structure
 from mono_quant.modules import (
     disable_fused_path,
-    fuse_encoder_layers,
+    fuse_layers,
     fuse_pair,
     mark_layers_that_share,
     restore_activations,
-    restore_encoder_layers,
+    restore_layers,
 )
 
 
@@ -188,10 +188,10 @@ def _build(
             suggestion="Build the architecture on the CPU.",
         )
     mark_layers_that_share(model)
-    restore_encoder_layers(model)
+    restore_layers(model)
     if checkpoint.header is not None:
         _fuse(checkpoint, model)
-    fuse_encoder_layers(model)
+    fuse_layers(model)
     disable_fused_path(model)
     return model if device is None else model.to(device)
 

@@ -16,10 +16,10 @@ from mono_quant.modules.embedding import (
     quantize_embedding_bag_module,
     quantize_embedding_module,
 )
-from mono_quant.modules.encoder_layer import (
-    FusedEncoderLayer,
-    fuse_encoder_layers,
-    restore_encoder_layers,
+from mono_quant.modules.fused_layer import (
+    FusedLayer,
+    fuse_layers,
+    restore_layers,
     why_not_fused,
 )
 from mono_quant.modules.fusion import (
@@ -41,7 +41,7 @@ convert_to_pytorch_native = revert_to_standard_modules
 
 __all__ = [
     "FusedActivation",
-    "FusedEncoderLayer",
+    "FusedLayer",
     "PackedWeight",
     "convert_to_pytorch_native",
     "QuantizedConv1d",
@@ -56,7 +56,7 @@ __all__ = [
     "counterpart_for_scheme",
     "disable_fused_path",
     "fuse_activations",
-    "fuse_encoder_layers",
+    "fuse_layers",
     "fuse_pair",
     "fused_pairs",
     "mark_layers_that_share",
@@ -70,7 +70,7 @@ __all__ = [
     "quantize_linear_module_int4",
     "register",
     "restore_activations",
-    "restore_encoder_layers",
+    "restore_layers",
     "restore_fused_path",
     "revert_to_standard_modules",
     "standard_modules",

@@ -9,7 +9,7 @@ from torch import nn
 
 from mono_quant.errors import InputTypeError
 from mono_quant.modules.base import QuantizedModule
-from mono_quant.modules.encoder_layer import restore_encoder_layers
+from mono_quant.modules.fused_layer import restore_layers
 from mono_quant.modules.fusion import FusedActivation
 from mono_quant.modules.transformer import restore_fused_path
 
@@ -41,7 +41,7 @@ def revert_to_standard_modules(model: nn.Module, inplace: bool = False) -> nn.Mo
         raise InputTypeError(f"expected a torch.nn.Module, found {type(model).__name__}")
     standard = standard_modules(model, keep_activations=inplace)
     result = _replace(model, standard) if inplace else copy.deepcopy(model, {**standard})
-    restore_encoder_layers(result)
+    restore_layers(result)
     restore_fused_path(result)
     return result
 

@@ -16,6 +16,7 @@ from torch.library import Library, register_fake
 from mono_quant.core.packing import TILE_IN, TILE_OUT
 from mono_quant.ops import reference
 from mono_quant.ops.code_reference import run_codes_shape
+from mono_quant.ops.decoder_reference import decoder_layer_shape
 from mono_quant.ops.encoder_reference import encoder_layer_shape
 
 NAMESPACE = "mono_quant"
@@ -37,6 +38,9 @@ SCHEMAS: dict[str, str] = {
     "linear_half": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "encoder_layer": "(Tensor x, Tensor? mask, Tensor[] weights, int heads, float scale, float attention_eps, "
     "float output_eps, str activation) -> Tensor",
+    "decoder_layer": "(Tensor x, Tensor past_keys, Tensor past_values, Tensor cosine, Tensor sine, Tensor? mask, "
+    "Tensor[] weights, int heads, float scale, float attention_eps, float output_eps, bool causal, str activation) "
+    "-> (Tensor, Tensor, Tensor)",
     "run_codes": "(Tensor[] inputs, Tensor constants, str program) -> Tensor[]",
 }
 
@@ -130,6 +134,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "linear_weight_only": _linear_weight_only_shape,
     "linear_half": _linear_half_shape,
     "encoder_layer": encoder_layer_shape,
+    "decoder_layer": decoder_layer_shape,
     "run_codes": run_codes_shape,
 }
 

@@ -36,6 +36,7 @@ _OPERATORS = frozenset(
         "linear_weight_only",
         "linear_half",
         "encoder_layer",
+        "decoder_layer",
         "run_codes",
     }
 )

@@ -17,7 +17,7 @@ from mono_quant.core.mappers import SMALLEST_SCALE
 from mono_quant.core.packing import pack_tiles, unpack_int32, unpack_tiles
 from mono_quant.core.quantized_tensor import row_chunks
 from mono_quant.errors import ConfigurationError, InputError
-from mono_quant.ops import encoder_reference
+from mono_quant.ops import decoder_reference, encoder_reference
 from mono_quant.ops.code_reference import run_codes as run_codes
 
 
@@ -293,3 +293,25 @@ def encoder_layer(
     return encoder_reference.encoder_layer(
         linear_dynamic_packed, x, mask, weights, heads, scale, attention_eps, output_eps, activation
     )
+
+
+def decoder_layer(
+    x: Tensor,
+    past_keys: Tensor,
+    past_values: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    mask: Tensor | None,
+    weights: list[Tensor],
+    heads: int,
+    scale: float,
+    attention_eps: float,
+    output_eps: float,
+    causal: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mono_quant.ops.decoder_reference.decoder_layer`."""
+    return decoder_reference.decoder_layer(
+        linear_dynamic_packed, x, past_keys, past_values, cosine, sine, mask, weights, heads, scale, attention_eps,
+        output_eps, causal, activation,
+    )  # fmt: skip

@@ -1,0 +1,236 @@
+// One layer of a decoder of the Llama family: attention with rotary positions and a growing cache, and a gated
+// feed-forward part, both behind root-mean-square norms, with int8 linear layers.
+//
+// Many rows are divided into chunks that a thread takes through all steps between two meetings; few rows (one token) are
+// taken through the steps together, each thread with columns of its own, meeting after each step. Threads meet by
+// spinning and take their pieces from counters: one that comes late finds nothing left to do.
+#pragma once
+
+#include <vector>
+
+#include "packed_layer.h"
+
+namespace mono_quant {
+
+struct DecoderArgs {
+  const float* x;  // [samples, length, width]
+  float* out;
+  int64_t samples, length, width, heads, key_heads, depth;
+  // Keys and values so far [samples, key_heads, past, depth], and with those of `x` behind them.
+  const float *past_keys, *past_values;
+  int64_t past_sample_stride, past_head_stride;
+  int64_t past;
+  float *keys, *values;
+  const float *cosine, *sine;  // [samples or 1, length, depth]
+  int64_t angle_stride;  // from one sample to the next, or 0
+  PackedLayer query, key, value, output, gate, up, down;
+  const float *attention_norm, *output_norm;  // [width]
+  float attention_eps, output_eps;
+  float scale;
+  bool causal;
+  const float* mask;  // [samples, mask_rows, round_up(past + length, kMaskColumns)] or null
+  int64_t mask_rows;
+};
+
+class DecoderRun {
+ public:
+  explicit DecoderRun(const DecoderArgs& args)
+      : p_(args), table_(kernels()), rows_(p_.samples * p_.length), meeting_(kMeetings) {
+    const double weights = (double)p_.width * (double)((2 * p_.heads + 2 * p_.key_heads) * p_.depth) +
+                           3. * (double)p_.width * (double)p_.up.outputs;
+    const double attention = 2. * (double)rows_ * (double)(p_.past + p_.length) * (double)(p_.heads * p_.depth);
+    // The weights come from memory; multiply-adds of attention are float32 ones, about an eighth as fast.
+    threads_ = worthwhile_threads(((double)rows_ * weights + 8 * attention) / table_.speed + weights / 25e3);
+    chunked_ = rows_ >= kChunkRows / 2 * threads_;
+    chunk_ = chunked_ ? smaller(kChunkRows, round_up((rows_ + threads_ - 1) / threads_, 32)) : rows_;
+    queries_ = round_up(rows_ * p_.query.outputs * 4, 64);
+    area_ = carve(nullptr, chunk_).bytes;
+    kept_ = std::make_unique<KeptMemory>(queries_ + area_ * (chunked_ ? threads_ : 1));
+  }
+
+  void run() {
+    std::atomic<int64_t> next_area{0};
+    run_tasks(threads_, [&](int64_t) {
+      Buffers b = carve(kept_->memory() + queries_ + (chunked_ ? next_area.fetch_add(1) : 0) * area_, chunk_);
+      int meeting = 0;
+      if (chunked_) {
+        meeting_.share(meeting++, chunks(), [&](int64_t i) { for_chunk(b, i, kNormed, kScattered); });
+        meeting_.share(meeting++, attention_pieces(), [&](int64_t i) { attend(i); });
+        meeting_.share(meeting++, chunks(), [&](int64_t i) { for_chunk(b, i, kContext, kAnswer); });
+        return;
+      }
+      for (int step = kNormed; step <= kScattered; ++step) share_step(meeting++, b, (Step)step);
+      meeting_.share(meeting++, attention_pieces(), [&](int64_t i) { attend(i); });
+      for (int step = kContext; step <= kAnswer; ++step) share_step(meeting++, b, (Step)step);
+    });
+  }
+
+ private:
+  static constexpr int64_t kChunkRows = 128;
+  static constexpr int kMeetings = 12;
+
+  enum Step { kNormed, kProjected, kScattered, kContext, kOutput, kHidden, kGated, kProduct, kDown, kAnswer };
+
+  struct Buffers {
+    float *key, *value;  // [rows, key heads * depth]
+    float *sum, *hidden, *normed;  // [rows, width]
+    float *gate, *up;  // [rows, outputs of `up`]
+    Codes codes;
+    int64_t bytes;
+  };
+
+  Buffers carve(char* base, int64_t rows) const {
+    Carver take(base);
+    Buffers b;
+    b.key = take.floats(rows * p_.key.outputs);
+    b.value = take.floats(rows * p_.key.outputs);
+    b.sum = take.floats(rows * p_.width);
+    b.hidden = take.floats(rows * p_.width);
+    b.normed = take.floats(rows * p_.width);
+    b.gate = take.floats(rows * p_.up.outputs);
+    b.up = take.floats(rows * p_.up.outputs);
+    b.codes = take.codes(rows, larger(larger(p_.width, p_.up.outputs), p_.query.outputs));
+    b.bytes = take.bytes();
+    return b;
+  }
+
+  float* queries() const { return (float*)kept_->memory(); }
+  int64_t chunks() const { return (rows_ + chunk_ - 1) / chunk_; }
+
+  void for_chunk(const Buffers& b, int64_t i, Step first, Step last) {
+    const int64_t from = i * chunk_, rows = smaller(chunk_, rows_ - from);
+    for (int step = first; step <= last; ++step) {
+      run_step((Step)step, b, from, rows, {0, rows, 0, columns_of((Step)step)});
+    }
+  }
+
+  void share_step(int meeting, const Buffers& b, Step step) {
+    const Division d(rows_, columns_of(step), threads_);
+    meeting_.share(meeting, d.pieces(), [&](int64_t i) { run_step(step, b, 0, rows_, d.piece(i)); });
+  }
+
+  // Columns that can be computed apart; 1 for what takes whole rows.
+  int64_t columns_of(Step step) const {
+    switch (step) {
+      case kProjected: return round_up(p_.query.outputs, 64) + 2 * round_up(p_.key.outputs, 64);
+      case kOutput: case kDown: return p_.width;
+      case kGated: return 2 * round_up(p_.up.outputs, 64);
+      default: return 1;
+    }
+  }
+
+  // A step for `rows` rows from `from` on; the piece counts rows from there.
+  void run_step(Step step, const Buffers& b, int64_t from, int64_t rows, const Piece& piece) const {
+    const float* x = p_.x + from * p_.width;
+    float* query = queries() + from * p_.query.outputs;
+    switch (step) {
+      case kNormed:
+        table_.rms_norm({x, nullptr, p_.width, p_.attention_norm, p_.attention_eps, nullptr, b.normed}, piece.begin,
+                        piece.end);
+        return quantize(table_, b.normed, p_.width, b.codes, piece);
+      case kProjected: {
+        const PackedLayer* const layers[] = {&p_.query, &p_.key, &p_.value};
+        float* const to[] = {query, b.key, b.value};
+        return multiply_beside(table_, layers, to, 3, b.codes, rows, piece);
+      }
+      case kScattered: return scatter(b, from, piece);
+      case kContext: return quantize(table_, query, p_.query.outputs, b.codes, piece);
+      case kOutput: return multiply(table_, p_.output, b.codes, rows, b.sum, piece);
+      case kHidden:
+        table_.rms_norm({b.sum, x, p_.width, p_.output_norm, p_.output_eps, b.hidden, b.normed}, piece.begin, piece.end);
+        return quantize(table_, b.normed, p_.width, b.codes, piece);
+      case kGated: {
+        const PackedLayer* const layers[] = {&p_.gate, &p_.up};
+        float* const to[] = {b.gate, b.up};
+        return multiply_beside(table_, layers, to, 2, b.codes, rows, piece);
+      }
+      case kProduct: {
+        const int64_t at = piece.begin * p_.up.outputs;
+        table_.multiply(b.gate + at, b.up + at, (piece.end - piece.begin) * p_.up.outputs);
+        return quantize(table_, b.gate, p_.up.outputs, b.codes, piece);
+      }
+      case kDown: return multiply(table_, p_.down, b.codes, rows, b.sum, piece);
+      default: {
+        const int64_t at = piece.begin * p_.width, count = (piece.end - piece.begin) * p_.width;
+        return table_.add(b.hidden + at, b.sum + at, p_.out + from * p_.width + at, count);
+      }
+    }
+  }
+
+  // Positions into queries and keys; keys and values to their places behind those of the past.
+  void scatter(const Buffers& b, int64_t from, const Piece& piece) const {
+    const int64_t all = p_.past + p_.length, depth = p_.depth;
+    for (int64_t r = piece.begin; r < piece.end; ++r) {
+      const int64_t sample = (from + r) / p_.length, position = (from + r) % p_.length;
+      const int64_t angle = sample * p_.angle_stride + position * depth;
+      float* query = queries() + (from + r) * p_.query.outputs;
+      table_.rotate(query, p_.heads, depth, p_.cosine + angle, p_.sine + angle);
+      table_.rotate(b.key + r * p_.key.outputs, p_.key_heads, depth, p_.cosine + angle, p_.sine + angle);
+      for (int64_t h = 0; h < p_.key_heads; ++h) {
+        const int64_t to = ((sample * p_.key_heads + h) * all + p_.past + position) * depth;
+        memcpy(p_.keys + to, b.key + r * p_.key.outputs + h * depth, (size_t)depth * 4);
+        memcpy(p_.values + to, b.value + r * p_.key.outputs + h * depth, (size_t)depth * 4);
+      }
+    }
+  }
+
+  // A piece is a sample and a head of keys: its past is copied by whoever takes it, and met by all heads of queries
+  // that share it.
+  int64_t attention_pieces() const { return p_.samples * p_.key_heads; }
+
+  void attend(int64_t piece) const {
+    const int64_t sample = piece / p_.key_heads, head = piece % p_.key_heads, all = p_.past + p_.length;
+    const int64_t group = p_.heads / p_.key_heads, to = piece * all * p_.depth;
+    if (p_.past > 0) {
+      const int64_t past = sample * p_.past_sample_stride + head * p_.past_head_stride;
+      memcpy(p_.keys + to, p_.past_keys + past, (size_t)(p_.past * p_.depth) * 4);
+      memcpy(p_.values + to, p_.past_values + past, (size_t)(p_.past * p_.depth) * 4);
+    }
+    AttentionArgs a = {};
+    a.k = p_.keys + to;
+    a.v = p_.values + to;
+    a.k_stride = a.v_stride = p_.depth;
+    a.keys = all;
+    a.depth = p_.depth;
+    a.scale = p_.scale;
+    if (p_.mask) {
+      const int64_t row = round_up(all, kMaskColumns);
+      a.mask = p_.mask + sample * p_.mask_rows * row;
+      a.mask_stride = p_.mask_rows == 1 ? 0 : row;
+    }
+    float* query = queries() + sample * p_.length * p_.query.outputs + head * group * p_.depth;
+    if (p_.length == 1) {
+      // The heads of one token lie side by side: they are the queries.
+      a.queries = group;
+      a.q = a.out = query;
+      a.q_stride = a.out_stride = p_.depth;
+      a.mask_stride = 0;
+      return attend(a);
+    }
+    a.queries = p_.length;
+    a.causal = p_.causal;
+    a.q_stride = a.out_stride = p_.query.outputs;
+    for (int64_t i = 0; i < group; ++i) {
+      a.q = a.out = query + i * p_.depth;
+      attend(a);
+    }
+  }
+
+  // What attention answers replaces the queries.
+  void attend(const AttentionArgs& a) const {
+    const ThreadScratch scratch(table_.attention_scratch_bytes(a));
+    table_.attention(a, scratch.get());
+  }
+
+  const DecoderArgs p_;
+  const KernelTable& table_;
+  const int64_t rows_;
+  int64_t threads_ = 1;
+  bool chunked_ = false;
+  int64_t chunk_ = 1;
+  int64_t queries_ = 0, area_ = 0;
+  std::unique_ptr<KeptMemory> kept_;
+  Meetings meeting_;
+};
+
+}  // namespace mono_quant

@@ -1,0 +1,59 @@
+// Operands of the operators that run whole layers of transformers.
+#pragma once
+
+#include <vector>
+
+#include "operands.h"
+#include "packed_layer.h"
+
+namespace mono_quant {
+
+// Tensors of each linear layer among an operator's weights.
+constexpr int64_t kTensorsEach = 5;
+// Sums of products of 8-bit codes fit 32 bits up to this many inputs.
+constexpr int64_t kDeepestLayer = 32768;
+
+// Tiles, column sums, scales, bias and zero points (empty without), from `at` on.
+inline PackedLayer take_layer(std::vector<Tensor>& tensors, int64_t at, int64_t inputs, Activation activation) {
+  Tensor* t = &tensors[(size_t)at];
+  const int64_t n = t[2].numel();
+  expect(t[2], "weight_scale", aoti_torch_dtype_float32(), n);
+  check(t[0].dim() == 5 && t[0].size(0) == (n + 15) / 16 && t[0].size(1) == (inputs + 63) / 64,
+        "the packed weight does not fit the layer's sizes");
+  expect(t[0], "the packed weight", aoti_torch_dtype_int8(), t[0].size(0) * t[0].size(1) * 1024);
+  expect(t[1], "column_sum", aoti_torch_dtype_int32(), n);
+  expect(t[3], "bias", aoti_torch_dtype_float32(), n);
+  const bool asymmetric = t[4].numel() > 0;
+  expect(t[4], "weight_zero_point", aoti_torch_dtype_int8(), asymmetric ? n : 0);
+  return {t[0].data<int8_t>(), t[1].data<int32_t>(), t[2].data<float>(),
+          asymmetric ? t[4].data<int8_t>() : nullptr, t[3].data<float>(), inputs, n, activation};
+}
+
+// A mask [samples or 1, 1, queries or 1, keys] of bool or float32 as floats to add, rows padded for whole vectors.
+inline std::vector<float> additive_mask(const Tensor& mask, int64_t samples, int64_t queries, int64_t keys,
+                                        int64_t* rows) {
+  const bool fits = mask.dim() == 4 && (mask.size(0) == samples || mask.size(0) == 1) && mask.size(1) == 1 &&
+                    (mask.size(2) == queries || mask.size(2) == 1) && mask.size(3) == keys;
+  check(fits, "the mask must be [samples, 1, queries, keys]");
+  const bool boolean = mask.dtype() == aoti_torch_dtype_bool();
+  check(boolean || mask.dtype() == aoti_torch_dtype_float32(), "the mask must be bool or float32");
+  *rows = mask.size(2) == 1 || mask.stride(2) == 0 ? 1 : queries;
+  const int64_t columns = round_up(keys, kMaskColumns), step = mask.size(0) == 1 ? 0 : mask.stride(0);
+  std::vector<float> values((size_t)(samples * *rows * columns));
+  for (int64_t s = 0; s < samples; ++s) {
+    for (int64_t r = 0; r < *rows; ++r) {
+      float* to = values.data() + (s * *rows + r) * columns;
+      const int64_t from = s * step + (*rows == 1 ? 0 : r * mask.stride(2));
+      if (boolean) {
+        const bool* seen = mask.data<bool>() + from;
+        for (int64_t i = 0; i < keys; ++i) to[i] = seen[i * mask.stride(3)] ? 0.f : -__builtin_inff();
+      } else {
+        const float* add = mask.data<float>() + from;
+        for (int64_t i = 0; i < keys; ++i) to[i] = add[i * mask.stride(3)];
+      }
+    }
+  }
+  return values;
+}
+
+}  // namespace mono_quant

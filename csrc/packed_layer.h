@@ -1,0 +1,154 @@
+// What whole layers of transformers are made of: packed linear layers on codes in memory that the threads share, steps
+// divided into pieces, and threads that meet between steps.
+#pragma once
+
+#include <sched.h>
+
+#include <string.h>
+
+#include <atomic>
+#include <memory>
+
+#include "isa.h"
+#include "kept_memory.h"
+#include "parallel.h"
+
+namespace mono_quant {
+
+struct PackedLayer {
+  const int8_t* packed;
+  const int32_t* column_sum;
+  const float* weight_scale;
+  const int8_t* weight_zero_point;  // or null
+  const float* bias;
+  int64_t inputs, outputs;
+  Activation activation;
+};
+
+// A range of rows and of columns.
+struct Piece {
+  int64_t begin, end, col_begin, col_end;
+};
+
+// Rows quantized for the products that read them.
+struct Codes {
+  uint8_t* codes;
+  float* scale;
+  int32_t* zero_point;
+};
+
+// Cuts memory into aligned arrays; without memory it counts.
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+  char* take(int64_t bytes) {
+    char* piece = base_ ? base_ + at_ : nullptr;
+    at_ += round_up(bytes, 64);
+    return piece;
+  }
+  float* floats(int64_t count) { return (float*)take(count * 4); }
+  // For rows of up to `width` codes; products read beyond the last.
+  Codes codes(int64_t rows, int64_t width) {
+    const int64_t stride = round_up(width, kPanelDepth);
+    uint8_t* codes = (uint8_t*)take((rows + kReadablePastEnd) * stride);
+    float* scale = floats(rows);
+    return {codes, scale, (int32_t*)take(rows * 4)};
+  }
+  int64_t bytes() const { return at_; }
+
+ private:
+  char* base_;
+  int64_t at_ = 0;
+};
+
+inline void quantize(const KernelTable& table, const float* x, int64_t width, const Codes& to, const Piece& piece) {
+  const int64_t stride = round_up(width, kPanelDepth);
+  table.quantize_rows(x + piece.begin * width, kFloat32, width, piece.end - piece.begin, width,
+                      to.codes + piece.begin * stride, stride, to.scale + piece.begin, to.zero_point + piece.begin);
+}
+
+inline void multiply(const KernelTable& table, const PackedLayer& layer, const Codes& x, int64_t rows, float* out,
+                     const Piece& piece) {
+  LinearArgs a = {};
+  a.x_stride = a.k = layer.inputs;
+  a.dtype = kFloat32;
+  a.m = rows;
+  a.n = layer.outputs;
+  a.packed = layer.packed;
+  a.column_sum = layer.column_sum;
+  a.weight_scale = layer.weight_scale;
+  a.weight_zero_point = layer.weight_zero_point;
+  a.bias = layer.bias;
+  a.activation = layer.activation;
+  a.out = out;
+  a.codes = x.codes;
+  a.x_scale = x.scale;
+  a.x_zero_point = x.zero_point;
+  const ThreadScratch scratch(table.linear_scratch_bytes(a, piece.end - piece.begin));
+  table.linear(a, piece.begin, piece.end, piece.col_begin, piece.col_end, scratch.get());
+}
+
+// Layers that read the same rows, their columns side by side, each padded to a multiple of 64.
+inline void multiply_beside(const KernelTable& table, const PackedLayer* const* layers, float* const* out, int count,
+                            const Codes& x, int64_t rows, const Piece& piece) {
+  int64_t first = 0;
+  for (int i = 0; i < count; ++i) {
+    const int64_t begin = larger(piece.col_begin - first, 0);
+    const int64_t end = smaller(piece.col_end - first, layers[i]->outputs);
+    if (begin < end) multiply(table, *layers[i], x, rows, out[i], {piece.begin, piece.end, begin, end});
+    first += round_up(layers[i]->outputs, 64);
+  }
+}
+
+// A step divided into pieces for several threads. Products are divided by columns where rows are few: each piece then
+// reads weights of its own.
+class Division {
+ public:
+  Division(int64_t rows, int64_t columns, int64_t threads) : rows_(rows), columns_(columns) {
+    const int64_t wanted = 2 * threads;
+    const int64_t row_parts = columns > 1 ? smaller(threads, larger(1, rows / 64)) : smaller(rows, wanted);
+    row_step_ = (rows + row_parts - 1) / larger(row_parts, 1);
+    const int64_t col_parts = columns > 1 ? larger(1, wanted / row_parts) : 1;
+    col_step_ = columns > 1 ? round_up((columns + col_parts - 1) / col_parts, 64) : 1;
+    across_ = (columns + col_step_ - 1) / col_step_;
+  }
+  int64_t pieces() const { return rows_ == 0 ? 0 : (rows_ + row_step_ - 1) / row_step_ * across_; }
+  Piece piece(int64_t i) const {
+    const int64_t row = i / across_ * row_step_, col = i % across_ * col_step_;
+    return {row, smaller(rows_, row + row_step_), col, smaller(columns_, col + col_step_)};
+  }
+
+ private:
+  int64_t rows_, columns_, row_step_, col_step_, across_;
+};
+
+// Threads that take pieces of one step after the other and wait for each other in between by spinning, which costs well
+// under a microsecond where a parallel region costs 5 to 13.
+class Meetings {
+ public:
+  explicit Meetings(int count) : counters_(std::make_unique<Counter[]>((size_t)count)) {}
+
+  // Runs task(i) for what is left of [0, pieces), and waits until all are done.
+  template <class Task>
+  void share(int meeting, int64_t pieces, const Task& task) {
+    Counter& counter = counters_[(size_t)meeting];
+    for (int64_t i; (i = counter.next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+      task(i);
+      counter.done.fetch_add(1, std::memory_order_release);
+    }
+    for (int64_t spins = 0; counter.done.load(std::memory_order_acquire) < pieces; ++spins) {
+      if (spins > 4096) sched_yield();
+#if defined(__x86_64__)
+      else __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  struct alignas(128) Counter {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  std::unique_ptr<Counter[]> counters_;
+};
+
+}  // namespace mono_quant

@@ -1,0 +1,75 @@
+"""Decoder layers of transformers that can run as one operator."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from mono_quant.modules.decoder_layer import DecoderLayout
+from mono_quant.modules.fused_layer import register_layout
+
+_CACHES: Final = "transformers.cache_utils"
+
+
+def _is_exactly(value: object, name: str) -> bool:
+    kind = type(value)
+    return kind.__module__ == _CACHES and kind.__qualname__ == name
+
+
+def dynamic_layer(cache: Any, index: int) -> Any:
+    """Answer what a ``DynamicCache`` holds for one layer, ready to be given keys and values.
+
+    Args:
+        cache: Any cache of transformers.
+        index: The layer's place in it.
+
+    Returns:
+        An object whose ``keys`` and ``values`` are float32 ``[samples, heads, length, depth]``, or ``None`` where the
+        cache keeps them in another way.
+    """
+    if not _is_exactly(cache, "DynamicCache") or cache.offloading:
+        return None
+    layers = cache.layers
+    if cache.layer_class_to_replicate is not None:
+        while len(layers) <= index:
+            layers.append(cache.layer_class_to_replicate())
+    if len(layers) <= index or not _is_exactly(layers[index], "DynamicLayer"):
+        return None
+    layer = layers[index]
+    if not layer.is_initialized:
+        nothing = torch.empty(0)
+        layer.lazy_initialization(nothing, nothing)
+    return layer if layer.keys.dtype == torch.float32 and layer.keys.device.type == "cpu" else None
+
+
+def _refuse(layer: nn.Module) -> str | None:
+    size = getattr(layer.self_attn, "head_dim", 0)
+    return None if size > 0 and size % 2 == 0 else f"its heads have {size} elements"
+
+
+def _layout(norm_class: str) -> DecoderLayout:
+    return DecoderLayout(
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.o_proj",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        down="mlp.down_proj",
+        activation="mlp.act_fn",
+        attention_norm="input_layernorm",
+        output_norm="post_attention_layernorm",
+        norm_class=(norm_class, "variance_epsilon"),
+        head_size="self_attn.head_dim",
+        scale="self_attn.scaling",
+        layer_index="self_attn.layer_idx",
+        refuse=_refuse,
+        cache_layer=dynamic_layer,
+    )
+
+
+for _model, _name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2")):
+    _module = f"transformers.models.{_model}.modeling_{_model}"
+    register_layout(f"{_module}.{_name}DecoderLayer", _layout(f"{_module}.{_name}RMSNorm"))

@@ -1,0 +1,118 @@
+"""Decoder layers of the Llama family as one operator: rotary positions, a growing cache, a gated feed-forward part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant.modules.encoder_layer import attribute
+from mono_quant.modules.fused_layer import FusedLayer, LayerLayout
+
+
+@dataclass(frozen=True)
+class DecoderLayout(LayerLayout):
+    """Where a decoder layer keeps its parts: dotted names, from the layer.
+
+    Its ``forward`` takes hidden states ``[samples, length, width]`` first, and by name ``attention_mask``,
+    ``position_embeddings`` (cosine and sine) and ``past_key_values``; it answers hidden states.
+
+    Attributes:
+        query, key, value, output, gate, up, down: The linear layers.
+        activation: What ``gate`` goes through before it is multiplied with ``up``.
+        attention_norm, output_norm: The root-mean-square norms before attention and before the feed-forward part.
+        norm_class: The qualified name of their class, and the attribute that holds what it adds to the mean.
+        head_size: The attribute that holds the size of a head.
+        scale: The attribute that holds what scores are multiplied with.
+        layer_index: The attribute that holds the layer's place in the cache.
+        refuse: Answers why a layer of this class computes something else, or ``None``.
+        cache_layer: From a cache and the layer's place in it, answers the object whose ``keys`` and ``values`` grow;
+            ``None`` for a cache that works in another way.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+    gate: str
+    up: str
+    down: str
+    activation: str
+    attention_norm: str
+    output_norm: str
+    norm_class: tuple[str, str]
+    head_size: str
+    scale: str
+    layer_index: str
+    refuse: Callable[[nn.Module], str | None]
+    cache_layer: Callable[[Any, int], Any]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return self.query, self.key, self.value, self.output, self.gate, self.up, self.down
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        return self.attention_norm, self.output_norm
+
+    @property
+    def activated(self) -> tuple[str, str]:
+        return self.gate, self.activation
+
+    def objection(self, layer: nn.Module) -> str | None:
+        for name in self.norms:
+            norm = type(layer.get_submodule(name))
+            if f"{norm.__module__}.{norm.__qualname__}" != self.norm_class[0]:
+                return f"{name} is a {norm.__name__}"
+        return self.refuse(layer)
+
+    def constants(self, layer: nn.Module) -> Mapping[str, Any]:
+        size = int(attribute(layer, self.head_size))
+        query, key = (int(attribute(layer, f"{name}.out_features")) for name in (self.query, self.key))
+        eps = [float(getattr(layer.get_submodule(name), self.norm_class[1])) for name in self.norms]
+        return {
+            "heads": query // size,
+            "empty": torch.empty(1, key // size, 0, size),
+            "scale": float(attribute(layer, self.scale)),
+            "eps": eps,
+            "index": int(attribute(layer, self.layer_index)),
+        }
+
+    def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs.get("hidden_states")
+        angles = kwargs.get("position_embeddings")
+        if len(args) > 1 or angles is None or kwargs.get("output_attentions") or not layer.takes(x):
+            return NotImplemented
+        assert isinstance(x, Tensor)
+        operands = layer.operands()
+        cosine, sine = angles
+        if cosine.dtype != torch.float32 or layer.is_watched(operands):
+            return NotImplemented
+        constants, cache = operands.constants, kwargs.get("past_key_values")
+        grown = None
+        if cache is not None:
+            grown = self.cache_layer(cache, constants["index"])
+            if grown is None:
+                layer.report(f"its cache is a {type(cache).__name__} of another kind than the dynamic one")
+                return NotImplemented
+        keys, values = _past(grown, constants["empty"], x.shape[0])
+        mask, length = kwargs.get("attention_mask"), x.shape[1]
+        if not layer.takes_mask(mask, x.shape[0], length, keys.shape[2] + length):
+            return NotImplemented
+        out, keys, values = torch.ops.mono_quant.decoder_layer.default(
+            x, keys, values, cosine, sine, mask, operands.weights, constants["heads"], constants["scale"],
+            *constants["eps"], mask is None and length > 1, operands.linears[4].activation,
+        )  # fmt: skip
+        if grown is not None:
+            grown.keys, grown.values = keys, values
+        return out
+
+
+def _past(grown: Any, empty: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    if grown is None or grown.keys is None or not grown.keys.numel():
+        past = empty if samples == 1 else empty.expand(samples, -1, -1, -1)
+        return past, past
+    return grown.keys, grown.values

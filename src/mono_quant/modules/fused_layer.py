@@ -1,0 +1,283 @@
+"""Whole layers of transformers that run as one operator.
+
+Once all linear layers inside such a layer are int8, one call can compute it in the processor's caches, where its
+modules would pass every intermediate value through memory and Python. The modules keep their places, names and buffers;
+only the class of the layer changes, to one that derives from it, so that ``isinstance`` and all else go on as before.
+
+Which float classes can run so is registered by name (see :mod:`mono_quant.integrations`); what their operators are is
+in :mod:`mono_quant.modules.encoder_layer` and :mod:`mono_quant.modules.decoder_layer`.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from mono_quant.core.layer_scheme import INT8_DYNAMIC
+from mono_quant.modules.fusion import FusedActivation
+from mono_quant.modules.linear import QuantizedLinear
+from mono_quant.ops import get_backend
+
+_LOG = logging.getLogger("mono_quant")
+_CACHE: Final = "_fused_operands"
+_NO_ZERO_POINTS: Final = torch.empty(0, dtype=torch.int8)
+# Sums of products of 8-bit codes fit 32 bits up to this many inputs.
+_DEEPEST: Final = 32768
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The weights of an operator, and by what to tell whether they are still the layer's.
+
+    Attributes:
+        modules: All modules inside the layer.
+        linears, norms: Those that the operator computes, in its order.
+        weights: For each linear layer tiles, column sums, scales, bias and zero points (empty for a symmetric weight);
+            then the parameters of the norms.
+        constants: What the layout read from the layer.
+    """
+
+    modules: tuple[nn.Module, ...]
+    linears: tuple[QuantizedLinear, ...]
+    norms: tuple[nn.Module, ...]
+    sources: tuple[tuple[Tensor | None, ...], ...]
+    weights: list[Tensor]
+    constants: Mapping[str, Any]
+
+    def are_current(self) -> bool:
+        """Say whether no tensor of the layer has been replaced since."""
+        for linear, (tiles, scale, bias) in zip(self.linears, self.sources, strict=False):
+            buffers = linear._buffers
+            if buffers.get("packed_weight") is not tiles or buffers.get("weight_scale") is not scale:
+                return False
+            if buffers.get("bias") is not bias:
+                return False
+        for norm, source in zip(self.norms, self.sources[len(self.linears) :], strict=True):
+            if any(found is not known for found, known in zip(norm._parameters.values(), source, strict=True)):
+                return False
+        return True
+
+
+class LayerLayout(ABC):
+    """Where a layer of some class keeps its parts, and the operator that computes it."""
+
+    @property
+    @abstractmethod
+    def linears(self) -> tuple[str, ...]:
+        """Dotted names of the linear layers, in the order of the operator."""
+
+    @property
+    @abstractmethod
+    def norms(self) -> tuple[str, ...]:
+        """Dotted names of the norms, in the order of the operator."""
+
+    @property
+    @abstractmethod
+    def activated(self) -> tuple[str, str]:
+        """Dotted names of the linear layer that computes the activation, and of the activation."""
+
+    @abstractmethod
+    def objection(self, layer: nn.Module) -> str | None:
+        """Answer why the operator would not compute what ``layer`` does, beyond what all layouts ask for."""
+
+    @abstractmethod
+    def constants(self, layer: nn.Module) -> Mapping[str, Any]:
+        """Answer the numbers that the operator needs from ``layer``."""
+
+    @abstractmethod
+    def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer what ``layer`` answers for a call, or ``NotImplemented`` where the operator does not apply."""
+
+
+_LAYOUTS: dict[str, LayerLayout] = {}
+_FUSED: dict[type[nn.Module], type[FusedLayer]] = {}
+
+
+def register_layout(qualified_name: str, layout: LayerLayout) -> None:
+    """Let layers of a class of an optional library run as one operator.
+
+    Args:
+        qualified_name: The class, such as ``"package.module.EncoderLayer"``.
+        layout: Where it keeps its parts.
+    """
+    _LAYOUTS[qualified_name] = layout
+
+
+class FusedLayer(nn.Module):
+    """What a layer becomes that runs as one operator: a subclass of this and of the layer's own class.
+
+    Where an input or the layer's state does not allow it (training, gradients, hooks on modules inside, other dtypes,
+    ``torch.compile``, another backend), ``forward`` is that of the layer's own class.
+    """
+
+    float_type: type[nn.Module]
+    layout: LayerLayout
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training and not torch.compiler.is_compiling() and get_backend() == "native":
+            out = self.layout.run(self, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = self.__dict__.copy()
+        state.pop(_CACHE, None)
+        return _new_layer, (self.float_type,), state
+
+    def operands(self) -> Operands:
+        """Answer what the operator computes with, gathered again if the layer has changed."""
+        found: Operands | None = self.__dict__.get(_CACHE)
+        if found is None or not found.are_current():
+            found = self.__dict__[_CACHE] = _gather(self)
+        return found
+
+    def takes(self, x: object) -> bool:
+        """Say whether ``x`` is what operators take: float32 on the CPU, no gradients, not traced."""
+        if type(x) is not Tensor or x.dtype != torch.float32 or x.dim() != 3 or x.device.type != "cpu":
+            found = f"a {type(x).__name__}"
+            if isinstance(x, Tensor):
+                found += f" of {x.dtype} with {x.dim()} dimensions on {x.device}"
+            self.report(f"its input is {found}")
+            return False
+        if torch.is_grad_enabled() and x.requires_grad:
+            return False
+        return not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+    def is_watched(self, operands: Operands) -> bool:
+        """Say whether modules inside have hooks, which an operator would not call."""
+        for module in operands.modules:
+            if module._forward_hooks or module._forward_pre_hooks:
+                self.report(f"a {type(module).__name__} in it has hooks, which want to be called")
+                return True
+        return False
+
+    def takes_mask(self, mask: Tensor | None, samples: int, queries: int, keys: int) -> bool:
+        """Say whether operators take ``mask``: bool or float32 ``[samples or 1, 1, queries or 1, keys]``."""
+        if mask is None:
+            return True
+        fits = mask.dim() == 4 and mask.dtype in (torch.bool, torch.float32) and mask.device.type == "cpu"
+        if fits:
+            shape = mask.shape
+            fits = shape[0] in (1, samples) and shape[1] == 1 and shape[2] in (1, queries) and shape[3] == keys
+        if not fits:
+            self.report(f"its mask is {mask.dtype} of shape {tuple(mask.shape)}")
+        return fits
+
+    def report(self, reason: str) -> None:
+        """Say once that layers of this class run part by part."""
+        message = f"a {type(self).__name__} runs part by part: {reason}"
+        if message not in _reported:
+            _reported.add(message)
+            _LOG.warning(message)
+
+
+_reported: set[str] = set()
+
+
+def _new_layer(float_type: type[nn.Module]) -> nn.Module:
+    kind = _fused_class(float_type)
+    layer: nn.Module = kind.__new__(kind)
+    return layer
+
+
+def _fused_class(float_type: type[nn.Module]) -> type[FusedLayer]:
+    if float_type not in _FUSED:
+        body = {"float_type": float_type, "layout": _LAYOUTS[_name_of(float_type)], "__module__": float_type.__module__}
+        made = type(f"Fused{float_type.__name__}", (FusedLayer, float_type), body)
+        _FUSED.setdefault(float_type, made)  # of two threads that come here at once, both get the same class
+    return _FUSED[float_type]
+
+
+def _name_of(kind: type[nn.Module]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_fusible_type(module: nn.Module) -> bool:
+    """Say whether ``module`` is of a class whose layers can run as one operator."""
+    return _name_of(type(module)) in _LAYOUTS
+
+
+def fuse_layers(model: nn.Module) -> list[str]:
+    """Let every layer in ``model`` that can run as one operator do so.
+
+    A layer can if all its linear layers are int8 with a weight of their own, its norms are float32, and its activation
+    is computed inside the linear layer before (see :func:`mono_quant.modules.fuse_activations`, which comes first).
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        The names of the layers that run as one operator now.
+    """
+    fused = []
+    for name, module in model.named_modules():
+        if is_fusible_type(module) and why_not_fused(module) is None:
+            module.__class__ = _fused_class(type(module))
+            fused.append(name)
+    return fused
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Give every layer of :func:`fuse_layers` in ``model`` its own class back."""
+    for module in model.modules():
+        if isinstance(module, FusedLayer):
+            module.__dict__.pop(_CACHE, None)
+            module.__class__ = module.float_type  # type: ignore[assignment]
+
+
+def why_not_fused(layer: nn.Module) -> str | None:
+    """Answer why a layer of a registered class cannot run as one operator; ``None`` if it can."""
+    layout = _LAYOUTS[_name_of(type(layer))]
+    objection = layout.objection(layer)
+    if objection is not None:
+        return objection
+    activated, activation_name = layout.activated
+    for name in layout.linears:
+        linear = layer.get_submodule(name)
+        if type(linear) is not QuantizedLinear or linear.scheme.kind != INT8_DYNAMIC:
+            return f"{name} is not an int8 linear layer"
+        if linear.shares_weight:
+            return f"{name} shares its weight with another layer"
+        if linear.in_features > _DEEPEST:
+            return f"{name} has more than {_DEEPEST} inputs"
+        if name != activated and linear.activation != "none":
+            return f"{name} computes an activation"
+    activation = layer.get_submodule(activation_name)
+    if not isinstance(activation, FusedActivation) or activation.linear is not layer.get_submodule(activated):
+        return f"{activation_name} is not computed by {activated}"
+    for name in layout.norms:
+        if any(p is None or p.dtype != torch.float32 for p in layer.get_submodule(name)._parameters.values()):
+            return f"{name} is not float32"
+    return None
+
+
+def _gather(layer: FusedLayer) -> Operands:
+    layout = layer.layout
+    linears = tuple(layer.get_submodule(name) for name in layout.linears)
+    norms = tuple(layer.get_submodule(name) for name in layout.norms)
+    sources: list[tuple[Tensor | None, ...]] = []
+    weights: list[Tensor] = []
+    for linear in linears:
+        assert isinstance(linear, QuantizedLinear)
+        packed = linear._packed_weight()
+        assert packed is not None, "fused layers hold int8 weights of their own"
+        buffers = linear._buffers
+        scale, bias, zero_point = buffers["weight_scale"], buffers.get("bias"), buffers.get("weight_zero_point")
+        assert scale is not None
+        sources.append((packed[0], scale, bias))
+        values = torch.zeros(linear.out_features) if bias is None else bias.float()
+        zeros = _NO_ZERO_POINTS if zero_point is None else zero_point.reshape(-1)
+        weights += [*packed, scale.reshape(-1), values, zeros]
+    for norm in norms:
+        parameters = tuple(norm._parameters.values())
+        sources.append(parameters)
+        weights += [p.detach() for p in parameters if p is not None]
+    constants = layout.constants(layer)
+    return Operands(tuple(layer.modules())[1:], linears, norms, tuple(sources), weights, constants)  # type: ignore[arg-type]
