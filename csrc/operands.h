@@ -130,11 +130,13 @@ struct Grid {
   int64_t tasks() const { return row_parts * col_parts; }
   template <class Part>
   void run(const Part& part) const {
-    run_tasks(tasks(), [&](int64_t i) {
-      const int64_t r = i / col_parts * rows, c = i % col_parts * cols;
-      const int64_t row_end = smaller(m, r + rows), col_end = smaller(n, c + cols);
-      if (r < row_end && c < col_end) part(r, row_end, c, col_end);
-    });
+    run_tasks(tasks(), [&](int64_t i) { this->part(i, part); });
+  }
+  template <class Part>
+  void part(int64_t i, const Part& part) const {
+    const int64_t r = i / col_parts * rows, c = i % col_parts * cols;
+    const int64_t row_end = smaller(m, r + rows), col_end = smaller(n, c + cols);
+    if (r < row_end && c < col_end) part(r, row_end, c, col_end);
   }
 };
 

@@ -1,8 +1,12 @@
 // The dynamic int8 linear layer on plain and on packed weights, and packing itself.
 #include "operands.h"
+#include "packed_layer.h"
 
 namespace mono_quant {
 namespace {
+
+// Fewer inputs are quantized again by each thread before the others would have met.
+constexpr int64_t kWorthSharing = 8192;
 
 void run_linear(LinearArgs args) {
   if (args.m == 0 || args.n == 0) return;
@@ -12,31 +16,31 @@ void run_linear(LinearArgs args) {
   // Between two calls the other layers of a model push the weight out of the caches: it comes from memory.
   const Grid grid(args.m, args.n, worthwhile_threads(products / table.speed + weight_bytes / 25e3));
 
-  // With many column ranges each would quantize the same rows again: do it once, before.
-  const int64_t kp = round_up(args.k, kPanelDepth);
-  std::vector<float> scale;
-  std::vector<int32_t> zero_point;
-  const bool ahead = grid.col_parts >= 4 && args.m * args.k > 32768;
-  const ThreadScratch codes(ahead ? (args.m + kReadablePastEnd) * kp : 0);
-  if (ahead) {
-    scale.resize((size_t)args.m);
-    zero_point.resize((size_t)args.m);
-    uint8_t* out = static_cast<uint8_t*>(codes.get());
-    const int64_t parts = smaller(args.m, grid.tasks()), step = (args.m + parts - 1) / parts;
-    const int64_t element = args.dtype == kFloat32 ? 4 : 2;
-    run_tasks(parts, [&](int64_t i) {
+  auto part = [&](int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
+    const ThreadScratch scratch(table.linear_scratch_bytes(args, row_end - row_begin));
+    table.linear(args, row_begin, row_end, col_begin, col_end, scratch.get());
+  };
+  if (grid.col_parts == 1 || args.m * args.k <= kWorthSharing) return grid.run(part);
+
+  // Ranges of columns read the same rows: all threads quantize these once, before.
+  Carver size(nullptr);
+  size.codes(args.m, args.k);
+  const ThreadScratch memory(size.bytes());
+  const Codes codes = Carver((char*)memory.get()).codes(args.m, args.k);
+  args.codes = codes.codes;
+  args.x_scale = codes.scale;
+  args.x_zero_point = codes.zero_point;
+  const int64_t kp = round_up(args.k, kPanelDepth), parts = smaller(args.m, grid.tasks());
+  const int64_t step = (args.m + parts - 1) / parts, element = args.dtype == kFloat32 ? 4 : 2;
+  Meetings meetings(2);
+  run_tasks(grid.tasks(), [&](int64_t) {
+    meetings.share(0, parts, [&](int64_t i) {
       const int64_t first = i * step, count = smaller(step, args.m - first);
       if (count <= 0) return;
       table.quantize_rows((const char*)args.x + first * args.x_stride * element, args.dtype, args.x_stride, count,
-                          args.k, out + first * kp, kp, scale.data() + first, zero_point.data() + first);
+                          args.k, codes.codes + first * kp, kp, codes.scale + first, codes.zero_point + first);
     });
-    args.codes = out;
-    args.x_scale = scale.data();
-    args.x_zero_point = zero_point.data();
-  }
-  grid.run([&](int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
-    const ThreadScratch scratch(table.linear_scratch_bytes(args, row_end - row_begin));
-    table.linear(args, row_begin, row_end, col_begin, col_end, scratch.get());
+    meetings.share(1, grid.tasks(), [&](int64_t i) { grid.part(i, part); });
   });
 }
 
