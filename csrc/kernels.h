@@ -141,6 +141,9 @@ struct KernelTable {
   void (*multiply)(float* x, const float* by, int64_t count);
   void (*add)(const float* a, const float* b, float* out, int64_t count);
 
+  // Histogram of float32 values, see count.inl; `tables` holds 4 * bins counts.
+  void (*count_values)(const float* x, int64_t count, float inverse_width, int64_t bins, uint32_t* tables);
+
   const struct CodeKernels* codes;  // see codes.h
 };
 

@@ -143,6 +143,7 @@ constexpr int64_t kCodesRead = 64, kRowsRead = 32;
 #include "attention.inl"
 #include "norm.inl"
 #include "elementwise.inl"
+#include "count.inl"
 
 namespace mono_quant {
 
@@ -155,7 +156,8 @@ const KernelTable kAmxKernels = {
 #endif
     1000e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
     float_linear_scratch_bytes, float_linear, embedding,
-    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, &kCodeKernels,
+    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, count_values,
+    &kCodeKernels,
 };
 
 }  // namespace mono_quant

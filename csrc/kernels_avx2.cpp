@@ -77,6 +77,7 @@ constexpr int64_t kCodesRead = 16, kRowsRead = 1;
 #include "attention.inl"
 #include "norm.inl"
 #include "elementwise.inl"
+#include "count.inl"
 
 namespace mono_quant {
 
@@ -89,7 +90,8 @@ const KernelTable kAvx2Kernels = {
 #endif
     quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
     float_linear_scratch_bytes, float_linear, embedding,
-    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, &kCodeKernels,
+    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, count_values,
+    &kCodeKernels,
 };
 
 }  // namespace mono_quant

@@ -66,13 +66,15 @@ constexpr int64_t kCodesRead = 4, kRowsRead = 1;
 #include "attention.inl"
 #include "norm.inl"
 #include "elementwise.inl"
+#include "count.inl"
 
 namespace mono_quant {
 
 const KernelTable kAvx512VnniKernels = {
     "avx512vnni", 180e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
     float_linear_scratch_bytes, float_linear, embedding,
-    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, &kCodeKernels,
+    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, count_values,
+    &kCodeKernels,
 };
 
 }  // namespace mono_quant

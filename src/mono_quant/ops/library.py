@@ -36,6 +36,7 @@ SCHEMAS: dict[str, str] = {
     "linear_weight_only": "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, "
     "Tensor? bias, int in_features, int bits, int group_size) -> Tensor",
     "linear_half": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "count_values": "(Tensor x, int bins, int exponent) -> Tensor",
     "encoder_layer": "(Tensor x, Tensor? mask, Tensor[] weights, int heads, float scale, float attention_eps, "
     "float output_eps, str activation) -> Tensor",
     "decoder_layer": "(Tensor x, Tensor past_keys, Tensor past_values, Tensor cosine, Tensor sine, Tensor? mask, "
@@ -118,6 +119,10 @@ def _linear_half_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return _contiguous(x, (*x.shape[:-1], weight.shape[0]))
 
 
+def _count_values_shape(x: Tensor, bins: int, exponent: int) -> Tensor:
+    return torch.empty(bins, dtype=torch.int64, device=x.device)
+
+
 def _contiguous(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
     # Not new_empty: the answer is contiguous whatever the strides of the input.
     return torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -133,6 +138,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "conv_dynamic": _conv_dynamic_shape,
     "linear_weight_only": _linear_weight_only_shape,
     "linear_half": _linear_half_shape,
+    "count_values": _count_values_shape,
     "encoder_layer": encoder_layer_shape,
     "decoder_layer": decoder_layer_shape,
     "run_codes": run_codes_shape,

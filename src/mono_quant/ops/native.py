@@ -35,6 +35,7 @@ _OPERATORS = frozenset(
         "embedding",
         "linear_weight_only",
         "linear_half",
+        "count_values",
         "encoder_layer",
         "decoder_layer",
         "run_codes",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,9 @@ from mono_quant.core.quantized_tensor import row_chunks
 from mono_quant.errors import ConfigurationError, InputError
 from mono_quant.ops import decoder_reference, encoder_reference
 from mono_quant.ops.code_reference import run_codes as run_codes
+
+# Elements counted at a time: their bin numbers stay in the cache.
+_COUNTED_AT_ONCE: Final = 1 << 19
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -277,6 +282,34 @@ def linear_half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     for block in row_chunks(weight.shape[0], weight.shape[1]):
         out[:, block] = F.linear(rows, weight[block].float(), None if bias is None else bias[block].float())
     return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def count_values(x: Tensor, bins: int, exponent: int) -> Tensor:
+    """Count values in bins of the width ``2 ** exponent``.
+
+    Args:
+        x: float32, any shape, finite.
+        bins: A power of two.
+        exponent: At least -126, and such that every value has a bin.
+
+    Returns:
+        int64 ``[bins]``: bin ``i`` counts the values in ``((i - bins / 2) * width, (i - bins / 2 + 1) * width]``.
+    """
+    values = x.reshape(-1)
+    total = torch.zeros(bins, dtype=torch.int64, device=x.device)
+    # PyTorch counts on one core; Python's threads put the others to use.
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        waiting = []
+        for chunk in values.split(_COUNTED_AT_ONCE):
+            # Scaling up by a power of two is exact in float32; scaling down may underflow, and is done in float64.
+            exact = chunk.double() if exponent > 0 else chunk
+            numbers = (exact * math.ldexp(1.0, -exponent)).ceil_().add_(bins // 2 - 1).to(torch.int32)
+            waiting.append(pool.submit(torch.bincount, numbers, minlength=bins))
+            if len(waiting) > torch.get_num_threads():
+                total += waiting.pop(0).result()
+        for counted in waiting:
+            total += counted.result()
+    return total
 
 
 def encoder_layer(

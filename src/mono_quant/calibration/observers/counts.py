@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from mono_quant import ops as ops  # registers the operator that counts
 from mono_quant.calibration.observers.observer import Observer
 from mono_quant.core.mappers import QINT8
 from mono_quant.errors import ConfigurationError
-
-# Elements counted at a time: their bin numbers stay in the cache.
-_CHUNK: Final = 1 << 19
 
 # Narrower bins would need the inverse of a width that float32 does not have.
 _SMALLEST_EXPONENT: Final = -126
@@ -114,22 +110,8 @@ class CountingObserver(Observer):
         return exponent.clamp(min=_SMALLEST_EXPONENT)
 
     def _count(self, row: Tensor, exponent: int) -> Tensor:
-        # Scaling up by a power of two is exact in float32; scaling down may underflow, and then is done in float64.
-        if exponent > 0:
-            row = row.double()
-        inverse = math.ldexp(1.0, -exponent)
-        total = torch.zeros(self.bins, dtype=torch.int64)
-        # PyTorch counts on one core; Python's threads put the others to use.
-        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-            waiting = []
-            for chunk in row.split(_CHUNK):
-                numbers = (chunk * inverse).ceil_().add_(self.bins // 2 - 1).to(torch.int16)
-                waiting.append(pool.submit(torch.bincount, numbers, minlength=self.bins))
-                if len(waiting) > torch.get_num_threads():
-                    total += waiting.pop(0).result().cpu()
-            for counted in waiting:
-                total += counted.result().cpu()
-        return total
+        counts: Tensor = torch.ops.mono_quant.count_values(row, self.bins, exponent)
+        return counts.cpu()
 
     def _merge(self, other: Self) -> None:
         assert other._state is not None
