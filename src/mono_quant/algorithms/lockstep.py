@@ -9,8 +9,6 @@ thread runs at a time, so that the order of all computations is fixed.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from mono_quant.calibration.batches import Batch, map_tensors, tensors_in
 from mono_quant.calibration.runner import call_model
+from mono_quant.core.free_memory import give_back_freed_memory
 
 #: Called with a layer's name and the inputs it has been called with; answers what computes in its place from then on.
 Visit = Callable[[str, list[Tensor]], nn.Module]
@@ -29,10 +28,6 @@ Visit = Callable[[str, list[Tensor]], nn.Module]
 MAX_STREAMS: Final = 64
 # Batches of equal shapes are joined until there are this many: a thread for each is a waste.
 _FEW_STREAMS: Final = 8
-
-# glibc keeps what a thread frees for this thread. Streams take turns, so each would hold the temporary tensors of
-# several layers while it waits. Other C libraries have no such call.
-_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class _Cancelled(BaseException):
@@ -165,8 +160,9 @@ def _advance(stream: _Stream) -> None:
     """Let a stream run until it stops at a layer or ends; raise what its model raised."""
     stream.turn.release()
     stream.back.acquire()
-    if _trim is not None:
-        _trim(0)
+    # Memory that a thread frees is kept for this thread: each stream would hold the temporary tensors of several layers
+    # while it waits.
+    give_back_freed_memory()
     if stream.error is not None:
         raise stream.error
 

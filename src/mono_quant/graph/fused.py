@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from mono_quant.core.free_memory import give_back_freed_memory
 from mono_quant.graph.arithmetic import LARGEST_CODE, QParams
 from mono_quant.graph.layers import Layer
 from mono_quant.graph.layers.conv import QuantizedConvolution
@@ -24,6 +25,12 @@ from mono_quant.ops.codes import ALIGNMENT, Link
 
 # Beyond this, rounding by addition would not be exact; what really occurs stays far below.
 _LARGEST_VALUE: Final = 2.0**21
+
+# Bytes of plain weights that may wait to be given back to the system.
+_FREED_AT_ONCE: Final = 4 << 20
+
+# Codes that are widened to 32 bits at a time.
+_WIDENED_AT_ONCE: Final = 1 << 16
 
 _FUSABLE: Final = (Quantize, Add, Multiply, Table, MaxPool, GlobalAverage)
 
@@ -50,13 +57,24 @@ class _Constants:
 
     def build(self, run: FusedRun) -> Tensor:
         """Answer the bytes. Layers give up their weights one by one, so that none is held twice for long."""
-        content = torch.zeros(self.bytes, dtype=torch.uint8)
-        for start, values, layer in self._fill:
+        # Not zeros: pages become resident only as pieces come, while those of the plain weights go.
+        content = torch.empty(self.bytes, dtype=torch.uint8)
+        ends = [start for start, *_ in self._fill[1:]] + [self.bytes]
+        freed = 0
+        for (start, values, layer), end in zip(self._fill, ends, strict=True):
             piece = values()
-            view = content[start : start + piece.numel() * piece.element_size()].view(piece.dtype).reshape(piece.shape)
+            stop = start + piece.numel() * piece.element_size()
+            view = content[start:stop].view(piece.dtype).reshape(piece.shape)
             view.copy_(piece)
+            content[stop:end].zero_()
             if layer is not None:
                 layer.adopt_tiles(view, run.retire)
+                freed += view.numel()
+            if freed > _FREED_AT_ONCE:
+                # Plain weights that have gone are still resident, beside the tiles that take their place.
+                give_back_freed_memory()
+                freed = 0
+        give_back_freed_memory()
         return content
 
 
@@ -226,9 +244,19 @@ def _limits(out: QParams) -> tuple[float, float]:
     return -float(out.zero_point), float(LARGEST_CODE - out.zero_point)
 
 
+def _row_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Answer the sum of each row of int8 codes and that of their magnitudes, int32, without a wide copy of them all."""
+    sums, magnitudes = [], []
+    for rows in weight.split(max(1, _WIDENED_AT_ONCE // max(1, weight.shape[1]))):
+        wide = rows.to(torch.int32)
+        sums.append(wide.sum(1, dtype=torch.int32))
+        magnitudes.append(wide.abs_().sum(1, dtype=torch.int32))
+    return torch.cat(sums), torch.cat(magnitudes)
+
+
 def _convolution(layer: QuantizedConvolution, constants: _Constants) -> codes.ConvStep:
     spec, weight, out = layer.spec, layer.codes, layer.spec.output
-    sums = weight.flatten(1).sum(1, dtype=torch.int32)
+    sums, magnitudes = _row_sums(weight.flatten(1))
     bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias
     finish, unit, bounds = "clamp", 1.0, None
     if out is None:
@@ -245,7 +273,7 @@ def _convolution(layer: QuantizedConvolution, constants: _Constants) -> codes.Co
     zero = 0 if out is None else out.zero_point
     low, high = bounds or (0, LARGEST_CODE)
     # Storing codes bounds them already, where the values before it cannot be huge.
-    reach = weight.flatten(1).to(torch.int16).abs().sum(1, dtype=torch.int32) * float(LARGEST_CODE) * scale + bias.abs()
+    reach = magnitudes * float(LARGEST_CODE) * scale + bias.abs()
     huge = float(reach.max()) + LARGEST_CODE * other_scale >= _LARGEST_VALUE
     tiles = layer.tiles_size()
     kind = codes.DepthwiseStep if layer.is_depthwise() else codes.ConvStep
