@@ -29,6 +29,8 @@ from mono_quant.graph.layers.spatial import (
     MaxPoolSpec,
     Pad,
     PadSpec,
+    Spread,
+    SpreadSpec,
 )
 
 #: Scale and zero point of every node that has codes.
@@ -210,6 +212,16 @@ def _pad(node: fx.Node, sources: list[fx.Node], scales: Scales) -> Layer:
     return Pad(PadSpec(pads, scales[node]))
 
 
+def _spread(node: fx.Node, sources: list[fx.Node], scales: Scales) -> Layer:
+    return spread_layer(node, scales[node])
+
+
+def spread_layer(node: fx.Node, scale: QParams | None) -> Spread:
+    """Answer the layer of a node that puts zeros between pixels; ``None`` for float values."""
+    stride, sides = node.args[1:]
+    return Spread(SpreadSpec(list(stride), list(sides), scale))  # type: ignore[arg-type]
+
+
 def _two(kind: type[Layer]) -> Callable[[fx.Node, list[fx.Node], Scales], Layer]:
     def build(node: fx.Node, sources: list[fx.Node], scales: Scales) -> Layer:
         first, second = (sources * 2)[:2]
@@ -225,6 +237,7 @@ ON_CODES: Final[dict[str, Callable[[fx.Node, list[fx.Node], Scales], Layer]]] = 
     Kind.AVERAGE_POOL: _average_pool,
     Kind.MAX_POOL: _max_pool,
     Kind.PAD: _pad,
+    Kind.SPREAD: _spread,
     Kind.ADD: _two(Add),
     Kind.MULTIPLY: _two(Multiply),
 }

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from mono_quant.graph.float_layers import FloatLayer, FloatLinear
 from mono_quant.graph.fold import layer_of, zero_padding
 from mono_quant.graph.fuse import activation_of
+from mono_quant.graph.layers.spatial import spread
 
 aten = torch.ops.aten
 
@@ -54,6 +55,7 @@ class Kind:
     MOVE: Final = "move"
     CLAMP: Final = "clamp"
     PAD: Final = "pad"
+    SPREAD: Final = "spread"
     AVERAGE_POOL: Final = "average pool"
     MAX_POOL: Final = "max pool"
     GLOBAL_AVERAGE: Final = "global average"
@@ -67,7 +69,7 @@ class Kind:
 
 
 # Kinds whose codes have the scale of their first input.
-_KEEPS_SCALE: Final = (Kind.MOVE, Kind.CLAMP, Kind.PAD, Kind.AVERAGE_POOL, Kind.MAX_POOL, Kind.ITEM)
+_KEEPS_SCALE: Final = (Kind.MOVE, Kind.CLAMP, Kind.PAD, Kind.SPREAD, Kind.AVERAGE_POOL, Kind.MAX_POOL, Kind.ITEM)
 
 
 @dataclass
@@ -167,6 +169,8 @@ def _classify_function(node: fx.Node) -> str:
         return Kind.ITEM
     if node.target in PADS and zero_padding(node) is not None:
         return Kind.PAD
+    if node.target is spread:
+        return Kind.SPREAD
     if node.target in AVERAGE_POOLS:
         return Kind.AVERAGE_POOL
     if node.target in MAX_POOLS:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from mono_quant.graph.float_layers import FloatConv, FloatLayer, FloatLinear
+from mono_quant.graph.transposed import TRANSPOSED, TransposedCall, convolution_of, insert_spread
 
 aten = torch.ops.aten
 
@@ -94,6 +95,8 @@ def _make_layers(module: fx.GraphModule) -> None:
         layer: FloatLayer | None = None
         if node.target in _CONVS:
             layer = _conv(module, node, _CONVS[node.target])
+        elif node.target in TRANSPOSED:
+            layer = _transposed(module, node)
         elif node.target is aten.linear.default:
             weight, bias = (constant(module, a) for a in (*node.args[1:], None)[:2])
             if weight is not None and weight.dim() == 2 and (bias is not None or node.args[2:] in ((), (None,))):
@@ -124,6 +127,18 @@ def _conv(module: fx.GraphModule, node: fx.Node, dims: int) -> FloatConv | None:
     groups = given.get("groups", 1)
     assert isinstance(groups, int)
     return FloatConv(weight, bias, stride, _per_dim(padding, dims), dilation, groups)
+
+
+def _transposed(module: fx.GraphModule, node: fx.Node) -> FloatConv | None:
+    weight, bias = (constant(module, a) for a in (*node.args[1:], None)[:2])
+    if weight is None or weight.dtype != torch.float32 or (bias is None and node.args[2:3] not in ((), (None,))):
+        return None
+    if len(node.args[0].meta["val"].shape) != TRANSPOSED[node.target] + 2:  # type: ignore[union-attr,index]
+        return None  # a single sample without a batch dimension
+    call = TransposedCall.of(node)
+    conv, sides = convolution_of(call, weight, bias)
+    node.args = (insert_spread(module, node, call.stride, sides), *node.args[1:])
+    return conv
 
 
 def _per_dim(value: Any, dims: int) -> list[int]:

@@ -132,16 +132,18 @@ class Lowering:
 
     def _lower(self, node: fx.Node) -> None:
         kind = self._domains.kinds[node]
+        source: Any = node.args[0] if node.args else None
         if kind == Kind.LAYER:
             self._lower_layer(node)
         elif layer_of(self._module, node) is not None:
             self._lower_float_layer(node)
-        elif kind == Kind.GLOBAL_AVERAGE and node.args[0] in self._domains.codes:
-            source: Any = node.args[0]
+        elif kind == Kind.GLOBAL_AVERAGE and source in self._domains.codes:
             average = build.global_average(node, self._scales)
             self._floats[node] = self._emit(node, average, self._code_number(source))
         elif node in self._domains.codes:
             self._codes[node] = self._lower_on_codes(node, kind)
+        elif kind == Kind.SPREAD:
+            self._floats[node] = self._emit(node, build.spread_layer(node, None), self._float_number(source))
         else:
             self._lower_call(node, kind)
 

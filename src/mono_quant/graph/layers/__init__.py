@@ -9,14 +9,14 @@ from mono_quant.graph.layers.conv import QuantizedConvolution
 from mono_quant.graph.layers.elementwise import Add, Dequantize, Multiply, Quantize, Table
 from mono_quant.graph.layers.layer import Layer
 from mono_quant.graph.layers.linear import DynamicLinear, StaticLinear
-from mono_quant.graph.layers.spatial import AveragePool, GlobalAverage, MaxPool, Pad
+from mono_quant.graph.layers.spatial import AveragePool, GlobalAverage, MaxPool, Pad, Spread
 
 #: Every layer by its name in a checkpoint.
 KINDS: Final[dict[str, type[Layer]]] = {
     layer.kind: layer
     for layer in (
         Add, AveragePool, Call, Dequantize, DynamicLinear, GlobalAverage, MaxPool, Multiply, Pad, Quantize,
-        QuantizedConvolution, StaticLinear, Table,
+        QuantizedConvolution, Spread, StaticLinear, Table,
     )
 }  # fmt: skip
 

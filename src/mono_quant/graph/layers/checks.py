@@ -20,7 +20,7 @@ _COUNTS: Final = ("groups", "divisor_override", "in_features", "out_features")
 # What a step takes, where that does not depend on its description.
 _INPUTS: Final = {
     "add": 2, "multiply": 2, "average_pool": 1, "dequantize": 1, "dynamic_linear": 1, "global_average": 1, "linear": 1,
-    "max_pool": 1, "pad": 1, "quantize": 1, "table": 1,
+    "max_pool": 1, "pad": 1, "quantize": 1, "spread": 1, "table": 1,
 }  # fmt: skip
 _LARGEST_SCALE: Final = torch.finfo(torch.float32).max
 
@@ -54,6 +54,8 @@ def _fault_of_spec(layer: Layer) -> str | None:
             fault = _fault_of_value(field.name, value)
         if fault is not None:
             return f"{field.name}: {fault}"
+    if layer.kind == "spread" and len(layer.spec.pad) != 2 * len(layer.spec.stride):
+        return f"pad has {len(layer.spec.pad)} entries for {len(layer.spec.stride)} dimensions"
     sizes = {len(getattr(layer.spec, name)) for name in _LEAST if hasattr(layer.spec, name)}
     return f"kernel, stride, padding and dilation have {sorted(sizes)} entries" if len(sizes) > 1 else None
 

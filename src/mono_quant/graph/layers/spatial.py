@@ -179,3 +179,61 @@ class Pad(Layer):
     def forward(self, x: Tensor) -> Tensor:
         padded = F.pad(x, self.spec.pad, value=self.spec.input.zero_point)
         return padded.contiguous(memory_format=memory_format(x.dim()))
+
+
+def spread(x: Tensor, stride: list[int], sides: list[int], value: float = 0.0) -> Tensor:
+    """Put ``stride - 1`` values between the pixels of an image, and more around.
+
+    Args:
+        x: ``[B, C, *spatial]``, floats or codes.
+        stride: For each spatial dimension.
+        sides: How many values go before and behind, for each spatial dimension; negative numbers cut pixels off.
+        value: What is put there.
+
+    Returns:
+        ``[B, C, *spatial']`` with ``spatial' = (spatial - 1) * stride + 1 + before + behind``.
+    """
+    sizes, taken, written = list(x.shape[:2]), [slice(None)] * 2, [slice(None)] * 2
+    for size, step, before, behind in zip(x.shape[2:], stride, sides[::2], sides[1::2], strict=True):
+        length = (size - 1) * step + 1 + before + behind
+        skipped = -(before // step) if before < 0 else 0
+        start = before + skipped * step
+        # Of the pixels that follow, those whose place lies before the end.
+        kept = min(size - skipped, (length - start + step - 1) // step) if before < 0 or behind < 0 else size
+        sizes.append(length)
+        taken.append(slice(skipped, skipped + kept))
+        written.append(slice(start, start + (kept - 1) * step + 1, step))
+    out = torch.full(sizes, value, dtype=x.dtype, device=x.device)
+    out = out.contiguous(memory_format=memory_format(x.dim()))
+    out[tuple(written)] = x[tuple(taken)]
+    return out
+
+
+@dataclass(frozen=True)
+class SpreadSpec:
+    """Zeros between and around the pixels of an image.
+
+    Attributes:
+        stride: From one pixel to the next, for each spatial dimension.
+        pad: Before and behind, for each spatial dimension from the first to the last; negative numbers cut.
+        input: Scale and zero point of the codes, which the answer has too; ``None`` for float values.
+    """
+
+    stride: list[int]
+    pad: list[int]
+    input: QParams | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input", None if self.input is None else QParams(*self.input))
+
+
+class Spread(Layer):
+    """See :func:`spread`; what stands between codes is the code for 0.0, exact."""
+
+    kind: ClassVar[str] = "spread"
+    spec_type: ClassVar[type[SpreadSpec]] = SpreadSpec
+    spec: SpreadSpec
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = 0 if self.spec.input is None else self.spec.input.zero_point
+        return spread(x, self.spec.stride, self.spec.pad, value)
