@@ -134,6 +134,6 @@ def test_a_damaged_description_is_refused() -> None:
     description = describe_static(result.model)
     steps = [step for step in description["graph"]["steps"] if step["layer"]["kind"] == "spread"]
     assert steps
-    steps[0]["layer"]["spec"]["pad"] = [0]
-    with pytest.raises(CheckpointError, match="pad has 1 entries"):
+    steps[0]["layer"]["spec"]["pad"] = [0, 0]
+    with pytest.raises(CheckpointError, match="pad has 2 entries"):
         restore_static(description)
