@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from mono_quant import ops
 from mono_quant.core import pack_int32, pack_tiles, quantize_weight_groupwise, quantize_weight_int8
 from tests.ops.code_chains import chain
+from tests.ops.encoder_layers import EncoderOperands, sees
 from tests.ops.operands import OPS, ConvWeight, LinearWeight
 
 
@@ -41,6 +42,11 @@ def table(indices: Tensor, symmetric: bool, dtype: torch.dtype) -> tuple[Any, ..
     quantized = quantize_weight_int8(torch.randn(10, 6), symmetric)
     zero_point = None if quantized.zero_point is None else quantized.zero_point[:, None]
     return indices, quantized.codes, quantized.scale[:, None], zero_point, dtype
+
+
+def encoder(shape: tuple[int, int], mask: Tensor | None = None, **options: Any) -> tuple[Any, ...]:
+    operands = EncoderOperands.random(2, 9, 21, **options)
+    return operands.arguments(torch.randn(*shape, operands.width), mask)
 
 
 def chain_arguments(batch: int) -> tuple[Any, ...]:
@@ -92,6 +98,12 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "linear_half": [
         lambda: (torch.randn(3, 10), torch.randn(5, 10).half(), torch.randn(5)),
         lambda: (torch.randn(2, 3, 10).bfloat16(), torch.randn(5, 10).half(), None),
+    ],
+    "encoder_layer": [
+        lambda: encoder((2, 5)),
+        lambda: encoder((3, 4), sees(3, 4, torch.Generator()), symmetric=False, activation="gelu_tanh"),
+        lambda: encoder((1, 7), torch.zeros(1, 1, 1, 7), activation="none"),
+        lambda: encoder((0, 3)),
     ],
     "run_codes": [
         lambda: chain_arguments(1),
@@ -154,6 +166,7 @@ class TestCompile:
                 OPS.linear_half(x[..., :10], *half[1:]),
                 OPS.conv_dynamic(image, *convolution[1:]) * 2,
                 OPS.embedding(*arguments["embedding"]),
+                OPS.encoder_layer(*arguments["encoder_layer"]),
                 OPS.unpack_weight(OPS.pack_weight(dense[1]), 16, 32),
             ]
 

@@ -57,7 +57,7 @@ def encoder_layer(
     def project(name: str, rows: Tensor, act: str = "none") -> Tensor:
         at = LINEARS.index(name) * TENSORS_EACH
         tiles, column_sum, weight_scale, bias, zero_point = weights[at : at + TENSORS_EACH]
-        zeros = zero_point if zero_point.numel() else None
+        zeros = zero_point.reshape(-1, 1) if zero_point.numel() else None
         return linear(rows, tiles, column_sum, weight_scale, zeros, bias, weight_scale.numel(), act)
 
     def split(rows: Tensor) -> Tensor:
