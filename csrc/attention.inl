@@ -13,7 +13,7 @@ constexpr int64_t kQueryRows = 6;
 constexpr int64_t kFewQueries = 3;
 constexpr int kScoreVectors = kLanes == 16 ? 4 : 2;
 // Scores are computed for whole blocks of keys; those behind the last key are masked.
-constexpr int64_t kKeyBlock = kScoreVectors * kLanes;
+constexpr int64_t kKeyBlock = kScoreVectors * kLanes, kKeyStep = kKeyBlock / 2;
 
 inline int64_t padded_keys(const AttentionArgs& p) { return mono_quant::round_up(p.keys, kKeyBlock); }
 inline int64_t padded_width(const AttentionArgs& p) { return mono_quant::round_up(p.depth, kLanes); }
@@ -83,58 +83,85 @@ inline float sum_of_lanes(F32 v) {
   return sum;
 }
 
-template <int kRows>
-void query_scores(const float* q, int64_t q_stride, int64_t depth, const float* keys, int64_t columns, int64_t end,
-                  float* scores) {
-  for (int64_t key = 0; key < end; key += kKeyBlock) {
-    F32 sum[kRows][kScoreVectors];
+// Scores of some queries for kVectors vectors of keys.
+template <int kRows, int kVectors>
+inline void block_scores(const float* q, int64_t q_stride, int64_t depth, const float* keys, int64_t columns,
+                         float* scores) {
+  F32 sum[kRows][kVectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) sum[r][c] = splat(0.f);
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    F32 k[kVectors];
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) k[c] = load_f32(keys + d * columns + c * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
+      const F32 x = splat(q[r * q_stride + d]);
 #pragma GCC unroll 4
-      for (int c = 0; c < kScoreVectors; ++c) sum[r][c] = splat(0.f);
+      for (int c = 0; c < kVectors; ++c) sum[r][c] = fma(x, k[c], sum[r][c]);
     }
-    for (int64_t d = 0; d < depth; ++d) {
-      F32 k[kScoreVectors];
-#pragma GCC unroll 4
-      for (int c = 0; c < kScoreVectors; ++c) k[c] = load_f32(keys + d * columns + key + c * kLanes);
+  }
 #pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        const F32 x = splat(q[r * q_stride + d]);
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kScoreVectors; ++c) sum[r][c] = fma(x, k[c], sum[r][c]);
-      }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kScoreVectors; ++c) store_f32(scores + r * columns + key + c * kLanes, sum[r][c]);
-    }
+    for (int c = 0; c < kVectors; ++c) store_f32(scores + r * columns + c * kLanes, sum[r][c]);
   }
 }
 
-// Scores of one query to weights that are not divided by their sum yet; answers its inverse. Only the first `visible`
-// keys are seen; weights up to `end`, a whole number of blocks, are written.
-inline float soften(float* scores, int64_t visible, int64_t end, float scale, const float* mask) {
+template <int kRows>
+void query_scores(const float* q, int64_t q_stride, int64_t depth, const float* keys, int64_t columns, int64_t end,
+                  float* scores) {
+  int64_t key = 0;
+  for (; key + kKeyBlock <= end; key += kKeyBlock) {
+    block_scores<kRows, kScoreVectors>(q, q_stride, depth, keys + key, columns, scores + key);
+  }
+  for (; key < end; key += kKeyStep) {
+    block_scores<kRows, kScoreVectors / 2>(q, q_stride, depth, keys + key, columns, scores + key);
+  }
+}
+
+// Scores to weights that are not divided by their sums yet, and the inverses of these. Of each query only the first
+// `visible` keys are seen; weights up to `end`, a multiple of kKeyStep, are written. The queries side by side hide the
+// latency of each other's exponentials.
+template <int kRows>
+inline void soften(float* scores, int64_t columns, const int64_t* visible, int64_t end, float scale,
+                   const float* const* mask, float* inverse) {
   const float none = -__builtin_inff();
-  for (int64_t i = visible; i < end; ++i) scores[i] = none;
-  F32 highest = splat(none);
-  for (int64_t i = 0; i < end; i += kLanes) {
-    F32 v = mul(load_f32(scores + i), splat(scale));
-    if (mask) v = add(v, load_f32(mask + i));
-    store_f32(scores + i, v);
-    highest = max_keep(highest, v);
+  F32 highest[kRows], shift[kRows], sum[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    for (int64_t i = visible[r]; i < end; ++i) scores[r * columns + i] = none;
+    highest[r] = splat(none);
+    sum[r] = splat(0.f);
   }
-  const float most = highest_lane(highest);
-  // A query that sees nothing answers zeros.
-  const F32 shift = splat(most == none ? 0.f : most);
-  F32 sum = splat(0.f);
   for (int64_t i = 0; i < end; i += kLanes) {
-    const F32 e = softmax_exponential(sub(load_f32(scores + i), shift));
-    store_f32(scores + i, e);
-    sum = add(sum, e);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      F32 v = mul(load_f32(scores + r * columns + i), splat(scale));
+      if (mask[r]) v = add(v, load_f32(mask[r] + i));
+      store_f32(scores + r * columns + i, v);
+      highest[r] = max_keep(highest[r], v);
+    }
   }
-  const float total = sum_of_lanes(sum);
-  return total == 0.f ? 0.f : 1.f / total;
+  for (int r = 0; r < kRows; ++r) {
+    const float most = highest_lane(highest[r]);
+    // A query that sees nothing answers zeros.
+    shift[r] = splat(most == none ? 0.f : most);
+  }
+  for (int64_t i = 0; i < end; i += kLanes) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const F32 e = softmax_exponential(sub(load_f32(scores + r * columns + i), shift[r]));
+      store_f32(scores + r * columns + i, e);
+      sum[r] = add(sum[r], e);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const float total = sum_of_lanes(sum[r]);
+    inverse[r] = total == 0.f ? 0.f : 1.f / total;
+  }
 }
 
 // The same for few queries: keys are transposed in registers, a block of kLanes at a time, and met at once.
@@ -194,16 +221,18 @@ void query_block(const AttentionArgs& p, const AttentionScratch& s, int64_t firs
   // With a causal mask a query sees itself and what lies before; the last query sees all keys.
   const int64_t seen = p.causal ? p.keys - p.queries + first + 1 : p.keys;
   const int64_t most = p.causal ? mono_quant::smaller(p.keys, seen + kRows - 1) : p.keys;
-  const int64_t end = mono_quant::round_up(mono_quant::larger(most, 0), kKeyBlock);
+  const int64_t end = mono_quant::round_up(mono_quant::larger(most, 0), kKeyStep);
   const float* q = p.q + first * p.q_stride;
   if (p.queries <= kFewQueries) direct_scores<kRows>(p, q, columns, end, s.scores);
   else query_scores<kRows>(q, p.q_stride, p.depth, s.keys, columns, end, s.scores);
   float inverse[kRows];
+  int64_t visible[kRows];
+  const float* mask[kRows];
   for (int r = 0; r < kRows; ++r) {
-    const int64_t visible = p.causal ? mono_quant::smaller(p.keys, mono_quant::larger(0, seen + r)) : p.keys;
-    const float* mask = p.mask ? p.mask + (first + r) * p.mask_stride : nullptr;
-    inverse[r] = soften(s.scores + r * columns, visible, end, p.scale, mask);
+    visible[r] = p.causal ? mono_quant::smaller(p.keys, mono_quant::larger(0, seen + r)) : p.keys;
+    mask[r] = p.mask ? p.mask + (first + r) * p.mask_stride : nullptr;
   }
+  soften<kRows>(s.scores, columns, visible, end, p.scale, mask, inverse);
   const float* v = width == p.depth ? p.v : s.values;
   const int64_t v_stride = width == p.depth ? p.v_stride : width;
   float* out = p.out + first * p.out_stride;
