@@ -341,7 +341,8 @@ def _gather(layer: FusedLayer) -> Operands | None:
     for norm in norms:
         parameters = tuple(norm._parameters.values())
         sources.append(parameters)
-        weights += [p.detach() for p in parameters if p is not None]
+        # Themselves, not views of them: their data may be exchanged. Where this runs no gradients are recorded.
+        weights += [p for p in parameters if p is not None]
     constants = layout.constants(layer)
     places = tuple(
         (holder._modules, name, child)
