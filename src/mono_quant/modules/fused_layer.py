@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import torch
@@ -22,51 +21,15 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mono_quant.core.layer_scheme import INT8_DYNAMIC
 from mono_quant.modules.fusion import FusedActivation
+from mono_quant.modules.layer_operands import Operands, gather
 from mono_quant.modules.linear import QuantizedLinear
 from mono_quant.ops import get_backend
 
 _LOG = logging.getLogger("mono_quant")
 _CACHE: Final = "_fused_operands"
-_NO_ZERO_POINTS: Final = torch.empty(0, dtype=torch.int8)
 # Sums of products of 8-bit codes fit 32 bits up to this many inputs.
 _DEEPEST: Final = 32768
 _GRADIENTS: Final = "gradients are recorded; call the model under torch.no_grad() or torch.inference_mode()"
-
-
-@dataclass(frozen=True)
-class Operands:
-    """The weights of an operator, and by what to tell whether they are still the layer's.
-
-    Attributes:
-        places: All modules inside the layer, each with the dict that holds it and its name there.
-        linears, norms: Those that the operator computes, in its order.
-        weights: For each linear layer tiles, column sums, scales, bias and zero points (empty for a symmetric weight);
-            then the parameters of the norms.
-        constants: What the layout read from the layer.
-    """
-
-    places: tuple[tuple[Mapping[str, nn.Module | None], str, nn.Module], ...]
-    linears: tuple[QuantizedLinear, ...]
-    norms: tuple[nn.Module, ...]
-    sources: tuple[tuple[Tensor | None, ...], ...]
-    weights: list[Tensor]
-    constants: Mapping[str, Any]
-
-    def are_current(self) -> bool:
-        """Say whether no module and no tensor of the layer has been replaced since."""
-        for holder, name, module in self.places:
-            if holder.get(name) is not module:
-                return False
-        for linear, (tiles, scale, bias, zero_point) in zip(self.linears, self.sources, strict=False):
-            buffers = linear._buffers
-            if buffers.get("packed_weight") is not tiles or buffers.get("weight_scale") is not scale:
-                return False
-            if buffers.get("bias") is not bias or buffers.get("weight_zero_point") is not zero_point:
-                return False
-        for norm, source in zip(self.norms, self.sources[len(self.linears) :], strict=True):
-            if any(found is not known for found, known in zip(norm._parameters.values(), source, strict=True)):
-                return False
-        return True
 
 
 class LayerLayout(ABC):
@@ -164,7 +127,7 @@ class FusedLayer(nn.Module):
             if reason is not None:
                 self.report(reason)
                 return None
-            found = _gather(self)
+            found = gather(self, self.layout.linears, self.layout.norms, self.layout.constants(self))
             if found is not None:
                 self.__dict__[_CACHE] = found
         return found
@@ -318,36 +281,3 @@ def why_not_fused(layer: nn.Module) -> str | None:
         if any(p is None or p.dtype != torch.float32 for p in layer.get_submodule(name)._parameters.values()):
             return f"{name} is not float32"
     return None
-
-
-def _gather(layer: FusedLayer) -> Operands | None:
-    layout = layer.layout
-    linears = tuple(layer.get_submodule(name) for name in layout.linears)
-    norms = tuple(layer.get_submodule(name) for name in layout.norms)
-    sources: list[tuple[Tensor | None, ...]] = []
-    weights: list[Tensor] = []
-    for linear in linears:
-        assert isinstance(linear, QuantizedLinear)
-        packed = linear._packed_weight()
-        if packed is None:  # another thread has chosen another backend, or the weight is on another device
-            return None
-        buffers = linear._buffers
-        scale, bias, zero_point = buffers["weight_scale"], buffers.get("bias"), buffers.get("weight_zero_point")
-        assert scale is not None
-        sources.append((packed[0], scale, bias, zero_point))
-        values = torch.zeros(linear.out_features) if bias is None else bias.float()
-        zeros = _NO_ZERO_POINTS if zero_point is None else zero_point.reshape(-1)
-        weights += [*packed, scale.reshape(-1), values, zeros]
-    for norm in norms:
-        parameters = tuple(norm._parameters.values())
-        sources.append(parameters)
-        # Themselves, not views of them: their data may be exchanged. Where this runs no gradients are recorded.
-        weights += [p for p in parameters if p is not None]
-    constants = layout.constants(layer)
-    places = tuple(
-        (holder._modules, name, child)
-        for holder in layer.modules()
-        for name, child in holder._modules.items()
-        if child is not None
-    )
-    return Operands(places, linears, norms, tuple(sources), weights, constants)  # type: ignore[arg-type]
