@@ -147,16 +147,12 @@ class FusedLayer(nn.Module):
 
     def needs_its_parts(self, operands: Operands) -> bool:
         """Say whether the modules inside have to be called: for hooks, training (of dropout) or gradients."""
-        for _, _, module in operands.places:
-            state = module.__dict__
-            hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
-            if hooks and not (_are_idle(module._forward_hooks) and _are_idle(module._forward_pre_hooks)):
-                self.report(f"a {type(module).__name__} in it has hooks, which want to be called")
-                return True
-            if state["training"] or "forward" in state:
-                found = "is in training mode" if state["training"] else "has a forward of its own"
-                self.report(f"a {type(module).__name__} in it {found}")
-                return True
+        for _, _, module, state in operands.places:
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["training"] or "forward" in state:
+                reason = _want_of(module)
+                if reason is not None:
+                    self.report(f"a {type(module).__name__} in it {reason}")
+                    return True
         if _has_any_global_hook():
             self.report("there are hooks on all modules, which want to be called")
             return True
@@ -191,6 +187,15 @@ class FusedLayer(nn.Module):
 
 
 _reported: set[str] = set()
+
+
+def _want_of(module: nn.Module) -> str | None:
+    """Answer why a module that is in training mode, has hooks or a ``forward`` of its own has to be called."""
+    if not (_are_idle(module._forward_hooks) and _are_idle(module._forward_pre_hooks)):
+        return "has hooks, which want to be called"
+    if module.training:
+        return "is in training mode"
+    return "has a forward of its own" if "forward" in module.__dict__ else None
 
 
 def _are_idle(hooks: Mapping[int, Callable[..., Any]]) -> bool:

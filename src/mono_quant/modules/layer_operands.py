@@ -19,14 +19,14 @@ class Operands:
     """The weights of an operator, and by what to tell whether they are still the layer's.
 
     Attributes:
-        places: All modules inside the layer, each with the dict that holds it and its name there.
+        places: All modules inside the layer: the dict that holds each, its name there, itself and its attributes.
         linears, norms: Those that the operator computes, in its order.
         weights: For each linear layer tiles, column sums, scales, bias and zero points (empty for a symmetric weight);
             then the parameters of the norms.
         constants: What the layout read from the layer.
     """
 
-    places: tuple[tuple[Mapping[str, nn.Module | None], str, nn.Module], ...]
+    places: tuple[tuple[Mapping[str, nn.Module | None], str, nn.Module, Mapping[str, Any]], ...]
     linears: tuple[QuantizedLinear, ...]
     norms: tuple[nn.Module, ...]
     sources: tuple[tuple[Tensor | None, ...], ...]
@@ -35,7 +35,7 @@ class Operands:
 
     def are_current(self) -> bool:
         """Say whether no module and no tensor of the layer has been replaced since."""
-        for holder, name, module in self.places:
+        for holder, name, module, _ in self.places:
             if holder.get(name) is not module:
                 return False
         for linear, (tiles, scale, bias, zero_point) in zip(self.linears, self.sources, strict=False):
@@ -86,7 +86,7 @@ def gather(
         # Themselves, not views of them: their data may be exchanged. Where this runs no gradients are recorded.
         weights += [p for p in parameters if p is not None]
     places = tuple(
-        (holder._modules, name, child)
+        (holder._modules, name, child, child.__dict__)
         for holder in layer.modules()
         for name, child in holder._modules.items()
         if child is not None
