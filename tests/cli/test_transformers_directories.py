@@ -43,6 +43,19 @@ def test_a_directory_is_quantized_validated_and_compared_on_made_tokens(run: Run
     assert "passed" in run("validate", output).stdout
 
 
+def test_it_says_which_layers_run_in_one_call(run: Run, bert: str) -> None:
+    found = document(run("quantize", bert, "-o", "q", "--json"))
+    assert (found["fused_layers"], found["unfused_layers"]) == (["encoder.layer.0"], [])
+    assert "1 of 1 layers of the transformer" in run("quantize", bert, "-o", "q", "--force").stdout
+    options = ("--skip", "encoder.layer.0.output.dense", "--force")
+    found = document(run("quantize", bert, "-o", "q", *options, "--json"))
+    reason = "output.dense is not an int8 linear layer"
+    assert (found["fused_layers"], found["unfused_layers"]) == ([], [{"layer": "encoder.layer.0", "reason": reason}])
+    text = run("quantize", bert, "-o", "q", *options).stdout
+    assert "0 of 1 layers of the transformer" in text
+    assert f"(encoder.layer.0: {reason})" in text
+
+
 def test_a_new_directory_takes_the_place_of_an_old_one_only_by_force(run: Run, bert: str, here: Path) -> None:
     run("quantize", bert, "-o", "q")
     assert (here / "q" / "config.json").is_file()

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from mono_quant import ops
 from mono_quant.core import pack_int32, pack_tiles, quantize_weight_groupwise, quantize_weight_int8
+from mono_quant.ops.decoder_reference import LINEARS as DECODER_LINEARS
 from tests.ops.code_chains import chain
 from tests.ops.encoder_layers import EncoderOperands, sees
 from tests.ops.operands import OPS, ConvWeight, LinearWeight
@@ -47,6 +48,26 @@ def table(indices: Tensor, symmetric: bool, dtype: torch.dtype) -> tuple[Any, ..
 def encoder(shape: tuple[int, int], mask: Tensor | None = None, **options: Any) -> tuple[Any, ...]:
     operands = EncoderOperands.random(2, 9, 21, **options)
     return operands.arguments(torch.randn(*shape, operands.width), mask)
+
+
+def decoder(shape: tuple[int, int], past: int, mask: Tensor | None = None, causal: bool = True) -> tuple[Any, ...]:
+    width, heads, key_heads, depth, wide = 12, 4, 2, 6, 21
+    sizes = {
+        "query": (heads * depth, width), "key": (key_heads * depth, width), "value": (key_heads * depth, width),
+        "output": (width, heads * depth), "gate": (wide, width), "up": (wide, width), "down": (width, wide),
+    }  # fmt: skip
+    weights: list[Tensor] = []
+    for size in (sizes[name] for name in DECODER_LINEARS):
+        linear = LinearWeight.random(*size)
+        zeros = torch.empty(0, dtype=torch.int8)
+        sums = linear.codes.sum(1, dtype=torch.int32)
+        weights += [pack_tiles(linear.codes), sums, linear.scale.reshape(-1), torch.zeros(size[0]), zeros]
+    held = torch.randn(2, shape[0], key_heads, past, depth)
+    angles = torch.rand(1, shape[1], depth)
+    return (
+        torch.randn(*shape, width), held[0], held[1], angles.cos(), angles.sin(), mask,
+        [*weights, torch.ones(width), torch.ones(width)], heads, 0.4, 1e-5, 1e-6, causal, "silu",
+    )  # fmt: skip
 
 
 def chain_arguments(batch: int) -> tuple[Any, ...]:
@@ -99,11 +120,20 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: (torch.randn(3, 10), torch.randn(5, 10).half(), torch.randn(5)),
         lambda: (torch.randn(2, 3, 10).bfloat16(), torch.randn(5, 10).half(), None),
     ],
+    "count_values": [
+        lambda: (torch.rand(3, 10) * 8 - 4, 16, -1),
+        lambda: (torch.zeros(0, 4), 8, 0),
+    ],
     "encoder_layer": [
         lambda: encoder((2, 5)),
         lambda: encoder((3, 4), sees(3, 4, torch.Generator()), symmetric=False, activation="gelu_tanh"),
         lambda: encoder((1, 7), torch.zeros(1, 1, 1, 7), activation="none"),
         lambda: encoder((0, 3)),
+    ],
+    "decoder_layer": [
+        lambda: decoder((2, 5), past=0),
+        lambda: decoder((1, 1), past=7, causal=False),
+        lambda: decoder((2, 3), past=4, mask=torch.ones(2, 1, 3, 7, dtype=torch.bool), causal=False),
     ],
     "run_codes": [
         lambda: chain_arguments(1),

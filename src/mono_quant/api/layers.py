@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from mono_quant.api.state_dict import quantize_state_dict
 from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.quantization_info import QuantizationInfo
 from mono_quant.errors import ConfigurationError, InputTypeError, QuantizationError
-from mono_quant.modules import disable_fused_path, fuse_layers, mark_layers_that_share
+from mono_quant.modules import disable_fused_path, fuse_layers, mark_layers_that_share, unfused_layers
 from mono_quant.modules import fuse_activations as fuse_activation_modules
 from mono_quant.report import decibels, model_bytes
 
@@ -81,13 +81,16 @@ def quantize_by_schemes(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """A quantized model, its quantized layers in order, the reasons for the others, warnings, and samples used."""
+    """A quantized model, its quantized layers in order, the reasons for the others, warnings, samples used, layers that
+    run as one call, and why others of their classes do not."""
 
     model: nn.Module | dict[str, Tensor]
     order: list[str]
     reasons: dict[str, str]
     warnings: list[str]
     samples: int = 0
+    fused: list[str] = field(default_factory=list)
+    unfused: dict[str, str] = field(default_factory=dict)
 
 
 def _quantize_selection(
@@ -106,25 +109,35 @@ def _quantize_selection(
     replacements = Replacements(prepared.weights)
     replace = quantize_inplace if options.inplace else quantize_copy
     quantized = replace(prepared.model, prepared.selection.chosen, replacements, options.run_validation, progress)
-    warnings = [*selection.warnings, *_finish(quantized, options)]
+    fused, unfused, path_warnings = _finish(quantized, options)
+    warnings = [*selection.warnings, *path_warnings]
     if training:
         warnings.append("the model is in training mode: call eval() before inference")
-    outcome = _Outcome(quantized, order, selection.skip_reasons, warnings, prepared.samples)
+    outcome = _Outcome(quantized, order, selection.skip_reasons, warnings, prepared.samples, fused, unfused)
     return _result(outcome, replacements, options, bytes_before, started)
 
 
-def _finish(quantized: nn.Module, options: Options) -> list[str]:
-    """Do what is left once the layers are replaced; answer warnings."""
+def _finish(quantized: nn.Module, options: Options) -> tuple[list[str], dict[str, str], list[str]]:
+    """Do what is left once the layers are replaced.
+
+    Returns:
+        The names of the layers that run as one call, for others of their classes why not, and warnings.
+    """
     if options.compute_dtype is not None:
         cast_rest(quantized, options.compute_dtype)
     mark_layers_that_share(quantized)
+    fused: list[str] = []
     if options.fuse_activations:
         fuse_activation_modules(quantized)
-        fuse_layers(quantized)
-    return [
+        fused = fuse_layers(quantized)
+    unfused = unfused_layers(quantized)
+    if not options.fuse_activations:
+        unfused = dict.fromkeys(unfused, "fuse_activations=False")
+    warnings = [
         f"{name or 'the model'}: PyTorch's fused float path is off, or it would run instead"
         for name in disable_fused_path(quantized)
     ]
+    return fused, unfused, warnings
 
 
 def _result(
@@ -149,6 +162,8 @@ def _result(
         bytes_before=bytes_before,
         bytes_after=bytes_after,
         seconds=time.perf_counter() - started,
+        fused_layers=outcome.fused,
+        unfused_layers=outcome.unfused,
     )
     check_accuracy(info, options)
     return QuantizationResult(outcome.model, info, list(info.warnings))

@@ -16,7 +16,15 @@ from mono_quant.api import quantize as quantize_model
 from mono_quant.cli.calibration import calibration_options, load_calibration, static_facts
 from mono_quant.cli.models import LoadedModel, is_factory, load, load_architecture
 from mono_quant.cli.options import json_option, loading_options, parse_bits
-from mono_quant.cli.output import Output, decibels_text, layer_facts, seconds_text, size_text
+from mono_quant.cli.output import (
+    Output,
+    decibels_text,
+    grouped,
+    layer_facts,
+    names_text,
+    seconds_text,
+    size_text,
+)
 from mono_quant.cli.search import SearchChoices, search_facts, search_options, search_table, telling
 from mono_quant.core import QuantizationInfo
 from mono_quant.errors import ConfigurationError, InputError
@@ -205,6 +213,7 @@ def _print(output: Output, argument: str, path: Path, result: QuantizationResult
         ("SQNR of weights", decibels_text(info.sqnr_db)),
         *static_facts(result),
         *search_facts(result.search),
+        *_one_call_facts(info),
         ("time", seconds_text(info.seconds)),
     ]
     layers = layer_facts({name: str(layer.scheme) for name, layer in info.layers.items()}, info.skip_reasons)
@@ -212,6 +221,17 @@ def _print(output: Output, argument: str, path: Path, result: QuantizationResult
     if result.search is not None:
         columns, rows = search_table(result.search)
         output.table(columns, rows, numbers=("size", "layers take", "measure", "SQNR"))
+
+
+def _one_call_facts(info: QuantizationInfo) -> list[tuple[str, str]]:
+    """Answer how many layers of transformers run as one native call each, and why others do not."""
+    if not info.fused_layers and not info.unfused_layers:
+        return []
+    total = len(info.fused_layers) + len(info.unfused_layers)
+    facts = [("in one call", f"{len(info.fused_layers)} of {total} layers of the transformer")]
+    for reason, names in grouped(info.unfused_layers).items():
+        facts.append(("", f"({names_text(names)}: {reason})"))
+    return facts
 
 
 def _ratio(info: QuantizationInfo) -> float:
@@ -236,6 +256,8 @@ def _document(argument: str, path: Path, result: QuantizationResult) -> dict[str
         "calibration_samples": info.calibration_samples_used,
         "not_captured": info.not_captured,
         "cuts": [asdict(cut) for cut in info.cuts],
+        "fused_layers": info.fused_layers,
+        "unfused_layers": [{"layer": name, "reason": reason} for name, reason in info.unfused_layers.items()],
         "seconds": info.seconds,
         "quantized": [
             {

@@ -65,6 +65,8 @@ class QuantizationInfo:
             decibels.
         cuts: Static quantization: where the graph leaves 8 bits, in order.
         not_captured: Static quantization: why the model is not one graph but was quantized layer by layer.
+        fused_layers: Names of the layers of transformers that run as one native call.
+        unfused_layers: For each other layer of the same classes, why it does not.
     """
 
     selected_layers: list[str]
@@ -85,3 +87,5 @@ class QuantizationInfo:
     output_sqnr_db: float | None = None
     cuts: list[Cut] = field(default_factory=list)
     not_captured: str | None = None
+    fused_layers: list[str] = field(default_factory=list)
+    unfused_layers: dict[str, str] = field(default_factory=dict)

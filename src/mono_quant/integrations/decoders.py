@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from mono_quant.integrations.whole_layers import why_not_whole
 from mono_quant.modules.decoder_layer import DecoderLayout
 from mono_quant.modules.fused_layer import register_layout
 
@@ -46,7 +47,9 @@ def dynamic_layer(cache: Any, index: int) -> Any:
 
 def _refuse(layer: nn.Module) -> str | None:
     size = getattr(layer.self_attn, "head_dim", 0)
-    return None if size > 0 and size % 2 == 0 else f"its heads have {size} elements"
+    if size <= 0 or size % 2:
+        return f"its heads have {size} elements"
+    return why_not_whole(layer.get_submodule("self_attn"))
 
 
 def _layout(norm_class: str) -> DecoderLayout:

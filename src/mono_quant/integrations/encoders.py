@@ -6,6 +6,7 @@ from typing import Final
 
 from torch import nn
 
+from mono_quant.integrations.whole_layers import why_not_whole
 from mono_quant.modules.encoder_layer import EncoderLayout
 from mono_quant.modules.fused_layer import register_layout
 
@@ -15,11 +16,13 @@ def _refuse_bert(layer: nn.Module) -> str | None:
         return "it is the layer of a decoder"
     if getattr(layer, "chunk_size_feed_forward", 0):
         return "its feed-forward part works in chunks"
-    return None
+    return why_not_whole(layer.get_submodule("attention.self"))
 
 
 def _refuse_distilbert(layer: nn.Module) -> str | None:
-    return "its feed-forward part works in chunks" if getattr(layer.ffn, "chunk_size_feed_forward", 0) else None
+    if getattr(layer.ffn, "chunk_size_feed_forward", 0):
+        return "its feed-forward part works in chunks"
+    return why_not_whole(layer.get_submodule("attention"))
 
 
 #: BERT and the models whose layers are its layers under another name.

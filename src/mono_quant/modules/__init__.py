@@ -20,6 +20,7 @@ from mono_quant.modules.fused_layer import (
     FusedLayer,
     fuse_layers,
     restore_layers,
+    unfused_layers,
     why_not_fused,
 )
 from mono_quant.modules.fusion import (
@@ -74,5 +75,6 @@ __all__ = [
     "restore_fused_path",
     "revert_to_standard_modules",
     "standard_modules",
+    "unfused_layers",
     "why_not_fused",
 ]

@@ -89,7 +89,9 @@ class DecoderLayout(LayerLayout):
         assert isinstance(x, Tensor)
         operands = layer.operands()
         cosine, sine = angles
-        if cosine.dtype != torch.float32 or layer.is_watched(operands):
+        if operands is None or x.shape[2] != operands.linears[0].in_features:
+            return NotImplemented
+        if cosine.dtype != torch.float32 or layer.needs_its_parts(operands):
             return NotImplemented
         constants, cache = operands.constants, kwargs.get("past_key_values")
         grown = None

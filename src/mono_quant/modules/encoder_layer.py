@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from mono_quant.modules.fused_layer import FusedLayer, LayerLayout
+
+# What a layer takes, and what reaches it that an encoder's layer makes no use of.
+_KNOWN: Final = frozenset(
+    {"hidden_states", "attention_mask", "position_ids", "use_cache", "output_hidden_states", "return_dict"}
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class EncoderLayout(LayerLayout):
         if x is None or not layer.takes(x) or not layer.takes_mask(mask, x.shape[0], x.shape[1], x.shape[1]):
             return NotImplemented
         operands = layer.operands()
-        if layer.is_watched(operands):
+        if operands is None or x.shape[2] != operands.linears[0].in_features or layer.needs_its_parts(operands):
             return NotImplemented
         first, second = operands.norms
         return torch.ops.mono_quant.encoder_layer.default(
@@ -80,8 +85,8 @@ def _hidden_states_and_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     """Answer the two, or nothing where the call wants more than hidden states from them."""
     x = args[0] if args else kwargs.get("hidden_states")
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    wants_more = any(value is not None for value in args[2:]) or kwargs.get("output_attentions")
-    if wants_more or any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")):
+    others = [*args[2:], *(value for name, value in kwargs.items() if name not in _KNOWN)]
+    if any(value is not None and value is not False for value in others):
         return None, None
     return x, mask
 

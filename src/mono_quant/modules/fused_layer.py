@@ -12,56 +12,24 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mono_quant.core.layer_scheme import INT8_DYNAMIC
 from mono_quant.modules.fusion import FusedActivation
+from mono_quant.modules.layer_operands import Operands, gather
 from mono_quant.modules.linear import QuantizedLinear
 from mono_quant.ops import get_backend
 
 _LOG = logging.getLogger("mono_quant")
 _CACHE: Final = "_fused_operands"
-_NO_ZERO_POINTS: Final = torch.empty(0, dtype=torch.int8)
 # Sums of products of 8-bit codes fit 32 bits up to this many inputs.
 _DEEPEST: Final = 32768
-
-
-@dataclass(frozen=True)
-class Operands:
-    """The weights of an operator, and by what to tell whether they are still the layer's.
-
-    Attributes:
-        modules: All modules inside the layer.
-        linears, norms: Those that the operator computes, in its order.
-        weights: For each linear layer tiles, column sums, scales, bias and zero points (empty for a symmetric weight);
-            then the parameters of the norms.
-        constants: What the layout read from the layer.
-    """
-
-    modules: tuple[nn.Module, ...]
-    linears: tuple[QuantizedLinear, ...]
-    norms: tuple[nn.Module, ...]
-    sources: tuple[tuple[Tensor | None, ...], ...]
-    weights: list[Tensor]
-    constants: Mapping[str, Any]
-
-    def are_current(self) -> bool:
-        """Say whether no tensor of the layer has been replaced since."""
-        for linear, (tiles, scale, bias) in zip(self.linears, self.sources, strict=False):
-            buffers = linear._buffers
-            if buffers.get("packed_weight") is not tiles or buffers.get("weight_scale") is not scale:
-                return False
-            if buffers.get("bias") is not bias:
-                return False
-        for norm, source in zip(self.norms, self.sources[len(self.linears) :], strict=True):
-            if any(found is not known for found, known in zip(norm._parameters.values(), source, strict=True)):
-                return False
-        return True
+_GRADIENTS: Final = "gradients are recorded; call the model under torch.no_grad() or torch.inference_mode()"
 
 
 class LayerLayout(ABC):
@@ -97,6 +65,7 @@ class LayerLayout(ABC):
 
 _LAYOUTS: dict[str, LayerLayout] = {}
 _FUSED: dict[type[nn.Module], type[FusedLayer]] = {}
+_IDLE_HOOKS: list[Callable[[Callable[..., Any]], bool]] = []
 
 
 def register_layout(qualified_name: str, layout: LayerLayout) -> None:
@@ -109,11 +78,20 @@ def register_layout(qualified_name: str, layout: LayerLayout) -> None:
     _LAYOUTS[qualified_name] = layout
 
 
+def register_idle_hooks(is_idle: Callable[[Callable[..., Any]], bool]) -> None:
+    """Let an optional library leave hooks in layers that run as one operator.
+
+    Args:
+        is_idle: Answers whether a hook is known to do nothing during the call that is being made.
+    """
+    _IDLE_HOOKS.append(is_idle)
+
+
 class FusedLayer(nn.Module):
     """What a layer becomes that runs as one operator: a subclass of this and of the layer's own class.
 
-    Where an input or the layer's state does not allow it (training, gradients, hooks on modules inside, other dtypes,
-    ``torch.compile``, another backend), ``forward`` is that of the layer's own class.
+    Where an input or the layer's state does not allow it (training, gradients, hooks on modules inside, modules in
+    their places, other dtypes, ``torch.compile``, another backend), ``forward`` is that of the layer's own class.
     """
 
     float_type: type[nn.Module]
@@ -131,11 +109,27 @@ class FusedLayer(nn.Module):
         state.pop(_CACHE, None)
         return _new_layer, (self.float_type,), state
 
-    def operands(self) -> Operands:
-        """Answer what the operator computes with, gathered again if the layer has changed."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The linear layers leave their tiles: nobody else may hold them.
+        self.__dict__.pop(_CACHE, None)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def operands(self) -> Operands | None:
+        """Answer what the operator computes with, gathered again if the layer has changed.
+
+        ``None`` where the layer has become one that no operator computes.
+        """
         found: Operands | None = self.__dict__.get(_CACHE)
         if found is None or not found.are_current():
-            found = self.__dict__[_CACHE] = _gather(self)
+            self.__dict__.pop(_CACHE, None)
+            reason = why_not_fused(self)
+            if reason is not None:
+                self.report(reason)
+                return None
+            found = gather(self, self.layout.linears, self.layout.norms, self.layout.constants(self))
+            if found is not None:
+                self.__dict__[_CACHE] = found
         return found
 
     def takes(self, x: object) -> bool:
@@ -147,21 +141,35 @@ class FusedLayer(nn.Module):
             self.report(f"its input is {found}")
             return False
         if torch.is_grad_enabled() and x.requires_grad:
+            self.report(_GRADIENTS)
             return False
         return not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
-    def is_watched(self, operands: Operands) -> bool:
-        """Say whether modules inside have hooks, which an operator would not call."""
-        for module in operands.modules:
-            if module._forward_hooks or module._forward_pre_hooks:
-                self.report(f"a {type(module).__name__} in it has hooks, which want to be called")
-                return True
-        return False
+    def needs_its_parts(self, operands: Operands) -> bool:
+        """Say whether the modules inside have to be called: for hooks, training (of dropout) or gradients."""
+        for _, _, module, state in operands.places:
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["training"] or "forward" in state:
+                reason = _want_of(module)
+                if reason is not None:
+                    self.report(f"a {type(module).__name__} in it {reason}")
+                    return True
+        if _has_any_global_hook():
+            self.report("there are hooks on all modules, which want to be called")
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        wanted = any(p is not None and p.requires_grad for norm in operands.norms for p in norm._parameters.values())
+        if wanted:
+            self.report(_GRADIENTS)
+        return wanted
 
-    def takes_mask(self, mask: Tensor | None, samples: int, queries: int, keys: int) -> bool:
+    def takes_mask(self, mask: object, samples: int, queries: int, keys: int) -> bool:
         """Say whether operators take ``mask``: bool or float32 ``[samples or 1, 1, queries or 1, keys]``."""
         if mask is None:
             return True
+        if not isinstance(mask, Tensor):
+            self.report(f"its mask is a {type(mask).__name__}")
+            return False
         fits = mask.dim() == 4 and mask.dtype in (torch.bool, torch.float32) and mask.device.type == "cpu"
         if fits:
             shape = mask.shape
@@ -179,6 +187,19 @@ class FusedLayer(nn.Module):
 
 
 _reported: set[str] = set()
+
+
+def _want_of(module: nn.Module) -> str | None:
+    """Answer why a module that is in training mode, has hooks or a ``forward`` of its own has to be called."""
+    if not (_are_idle(module._forward_hooks) and _are_idle(module._forward_pre_hooks)):
+        return "has hooks, which want to be called"
+    if module.training:
+        return "is in training mode"
+    return "has a forward of its own" if "forward" in module.__dict__ else None
+
+
+def _are_idle(hooks: Mapping[int, Callable[..., Any]]) -> bool:
+    return all(any(is_idle(hook) for is_idle in _IDLE_HOOKS) for hook in hooks.values())
 
 
 def _new_layer(float_type: type[nn.Module]) -> nn.Module:
@@ -224,6 +245,15 @@ def fuse_layers(model: nn.Module) -> list[str]:
     return fused
 
 
+def unfused_layers(model: nn.Module) -> dict[str, str]:
+    """Answer the names of the layers in ``model`` whose class can run as one operator but that do not, and why."""
+    found = {}
+    for name, module in model.named_modules():
+        if is_fusible_type(module):
+            found[name] = why_not_fused(module) or "it has not been tried"
+    return found
+
+
 def restore_layers(model: nn.Module) -> None:
     """Give every layer of :func:`fuse_layers` in ``model`` its own class back."""
     for module in model.modules():
@@ -233,8 +263,8 @@ def restore_layers(model: nn.Module) -> None:
 
 
 def why_not_fused(layer: nn.Module) -> str | None:
-    """Answer why a layer of a registered class cannot run as one operator; ``None`` if it can."""
-    layout = _LAYOUTS[_name_of(type(layer))]
+    """Answer why a layer of a registered class cannot run as one operator; ``None`` if it can, or already does."""
+    layout = layer.layout if isinstance(layer, FusedLayer) else _LAYOUTS[_name_of(type(layer))]
     objection = layout.objection(layer)
     if objection is not None:
         return objection
@@ -256,28 +286,3 @@ def why_not_fused(layer: nn.Module) -> str | None:
         if any(p is None or p.dtype != torch.float32 for p in layer.get_submodule(name)._parameters.values()):
             return f"{name} is not float32"
     return None
-
-
-def _gather(layer: FusedLayer) -> Operands:
-    layout = layer.layout
-    linears = tuple(layer.get_submodule(name) for name in layout.linears)
-    norms = tuple(layer.get_submodule(name) for name in layout.norms)
-    sources: list[tuple[Tensor | None, ...]] = []
-    weights: list[Tensor] = []
-    for linear in linears:
-        assert isinstance(linear, QuantizedLinear)
-        packed = linear._packed_weight()
-        assert packed is not None, "fused layers hold int8 weights of their own"
-        buffers = linear._buffers
-        scale, bias, zero_point = buffers["weight_scale"], buffers.get("bias"), buffers.get("weight_zero_point")
-        assert scale is not None
-        sources.append((packed[0], scale, bias))
-        values = torch.zeros(linear.out_features) if bias is None else bias.float()
-        zeros = _NO_ZERO_POINTS if zero_point is None else zero_point.reshape(-1)
-        weights += [*packed, scale.reshape(-1), values, zeros]
-    for norm in norms:
-        parameters = tuple(norm._parameters.values())
-        sources.append(parameters)
-        weights += [p.detach() for p in parameters if p is not None]
-    constants = layout.constants(layer)
-    return Operands(tuple(layer.modules())[1:], linears, norms, tuple(sources), weights, constants)  # type: ignore[arg-type]

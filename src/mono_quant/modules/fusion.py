@@ -33,6 +33,7 @@ class FusedActivation(nn.Module):
 
     def __init__(self, activation: nn.Module, linear: QuantizedLinear) -> None:
         super().__init__()
+        self.training = activation.training
         self._kept = (activation, linear)
 
     @property

@@ -1,0 +1,47 @@
+"""What all layers of transformers that run as one operator have in common."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+from torch import nn
+
+from mono_quant.modules.fused_layer import register_idle_hooks
+
+# The release since which layers answer hidden states alone, and attention is a function that the configuration names.
+_FIRST: Final = 5
+# The functions that compute the softmax of scaled products; a layer made without a model has no name for its own.
+_ATTENTION: Final = (None, "eager", "sdpa")
+_CAPTURING: Final = "transformers.utils.output_capturing"
+
+
+def why_not_whole(attention: nn.Module) -> str | None:
+    """Answer why an operator would not compute what a layer with this attention does, ``None`` if nothing is known.
+
+    Args:
+        attention: The module that holds the configuration.
+    """
+    version = getattr(sys.modules.get("transformers"), "__version__", "")
+    if version.split(".")[0].isdecimal() and int(version.split(".")[0]) < _FIRST:
+        return f"it is a layer of transformers {version}, expected {_FIRST}.0 or newer"
+    found = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    return None if found in _ATTENTION else f"its attention is {found!r}, expected 'sdpa' or 'eager'"
+
+
+def _captures_nothing(hook: Callable[..., Any]) -> bool:
+    """Say whether ``hook`` is one that transformers leaves in a model, and idle.
+
+    It leaves them once hidden states or attentions were asked for. They are idle where nothing is collected, or only
+    hidden states: those come from whole layers, whose hooks are called.
+    """
+    if getattr(hook, "__module__", None) != _CAPTURING:
+        return False
+    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
+    if collector is None:
+        return False
+    return all("hidden_states" in name for name in collector.get() or ())
+
+
+register_idle_hooks(_captures_nothing)
