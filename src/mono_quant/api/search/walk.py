@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from mono_quant.api.formats import FLOAT, INT8, uniform_assignment
+from mono_quant.api.formats import FLOAT, FLOAT16, INT8, uniform_assignment
 from mono_quant.api.method import Budget
 from mono_quant.api.replace import Progress
 from mono_quant.api.search.journal import Measured
@@ -96,6 +96,10 @@ class Walk:
                 low = middle
         if self._at(high).point.within_budget:
             self._trim(high)
+        elif limit == self._last:
+            # The path ends where float is fastest, which may leave a layer in a coarse format: half precision is the
+            # most accurate of what is not float.
+            self._visit(uniform_assignment(self._copy.units, FLOAT16), "uniform float16")
 
     def _trim(self, position: int) -> None:
         """Take back single steps before ``position`` whose precision turns out not to be needed, the last ones first.
