@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from mono_quant.modules.encoder_layer import attribute
 from mono_quant.modules.fused_layer import FusedLayer, LayerLayout
+
+# What a decoder layer is called with, and what does not change its answer.
+_KNOWN: Final = frozenset(
+    {
+        "hidden_states", "attention_mask", "position_embeddings", "past_key_values", "position_ids", "cache_position",
+        "use_cache",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,16 +92,19 @@ class DecoderLayout(LayerLayout):
     def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs.get("hidden_states")
         angles = kwargs.get("position_embeddings")
-        if len(args) > 1 or angles is None or kwargs.get("output_attentions") or not layer.takes(x):
+        if len(args) > 1 or angles is None or _asks_for_more(kwargs) or not layer.takes(x):
             return NotImplemented
         assert isinstance(x, Tensor)
         operands = layer.operands()
         cosine, sine = angles
         if operands is None or x.shape[2] != operands.linears[0].in_features:
             return NotImplemented
-        if cosine.dtype != torch.float32 or layer.needs_its_parts(operands):
-            return NotImplemented
         constants, cache = operands.constants, kwargs.get("past_key_values")
+        if not _fit(cosine, x, constants["empty"].shape[3]) or not _fit(sine, x, constants["empty"].shape[3]):
+            layer.report(f"the angles of its positions are {cosine.dtype} of shape {tuple(cosine.shape)}")
+            return NotImplemented
+        if layer.needs_its_parts(operands):
+            return NotImplemented
         grown = None
         if cache is not None:
             grown = self.cache_layer(cache, constants["index"])
@@ -111,6 +122,20 @@ class DecoderLayout(LayerLayout):
         if grown is not None:
             grown.keys, grown.values = keys, values
         return out
+
+
+def _asks_for_more(kwargs: dict[str, Any]) -> bool:
+    others = (value for name, value in kwargs.items() if name not in _KNOWN)
+    return any(value is not None and value is not False for value in others)
+
+
+def _fit(angles: Tensor, x: Tensor, depth: int) -> bool:
+    # A part of each head's elements may be rotated alone: then there are fewer angles.
+    shape = angles.shape
+    return (
+        angles.dtype == torch.float32 and len(shape) == 3 and shape[0] in (1, x.shape[0])
+        and shape[1] == x.shape[1] and shape[2] == depth
+    )  # fmt: skip
 
 
 def _past(grown: Any, empty: Tensor, samples: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,226 @@
+"""Decoder layers that run as one operator: the same tokens, the same cache, and the parts where those are wanted."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+)
+
+import mono_quant
+from mono_quant import ops
+from mono_quant.modules import FusedLayer, fused_layer, restore_layers
+from mono_quant.ops import native
+from tests.ops.operands import same_bits
+
+pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
+
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "Llama": (LlamaForCausalLM, LlamaConfig),
+    "Mistral": (MistralForCausalLM, MistralConfig),
+    "Qwen2": (Qwen2ForCausalLM, Qwen2Config),
+}
+
+
+@pytest.fixture(autouse=True)
+def native_backend() -> Iterator[None]:
+    with ops.use_backend("native"):
+        yield
+
+
+def build(family: str = "Llama", **options: Any) -> Any:
+    model_type, config_type = FAMILIES[family]
+    sizes = {"vocab_size": 50, "hidden_size": 36, "intermediate_size": 70, "num_hidden_layers": 2,
+             "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+             "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+    return model_type(config_type(**sizes | options)).eval()
+
+
+def quantized(model: Any, **options: Any) -> Any:
+    return mono_quant.quantize(model, run_validation=False, **options).model
+
+
+@pytest.fixture
+def model() -> Any:
+    return quantized(build())
+
+
+def unfused(model: Any) -> Any:
+    twin = copy.deepcopy(model)
+    restore_layers(twin)
+    return twin
+
+
+def words(samples: int = 2, length: int = 9) -> Tensor:
+    return torch.randint(1, 50, (samples, length), generator=torch.Generator().manual_seed(length))
+
+
+class Counter(TorchDispatchMode):
+    """Counts the calls of ``decoder_layer``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is torch.ops.mono_quant.decoder_layer.default
+        return func(*args, **kwargs or {})
+
+
+def logits(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
+    """Answer the logits and how many layers ran as one call."""
+    with torch.no_grad(), Counter() as counter:
+        answer: Tensor = model(*args, **kwargs).logits
+    return answer, counter.calls
+
+
+def close(first: Tensor, second: Tensor) -> bool:
+    """Whether logits agree but for codes that rounding has flipped: a few in the hundred of their size."""
+    return float((first - second).norm() / second.norm()) < 0.03
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestFamilies:
+    def test_layers_run_as_one_call_and_answer_the_same(self, family: str) -> None:
+        model = quantized(build(family))
+        assert all(isinstance(layer, FusedLayer) for layer in model.model.layers)
+        assert type(model.model.layers[0]).__name__ == f"Fused{family}DecoderLayer"
+        twin = unfused(model)
+        assert model.state_dict().keys() == twin.state_dict().keys()
+        (found, calls), (wanted, none) = logits(model, words()), logits(twin, words())
+        assert (calls, none) == (2, 0)
+        assert close(found, wanted)
+
+    def test_generation_with_padding_gives_the_tokens_of_the_parts(self, family: str) -> None:
+        model = quantized(build(family))
+        mask = torch.ones(2, 9, dtype=torch.long)
+        mask[1, :4] = 0
+        options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+        found, wanted = model.generate(words(), **options), unfused(model).generate(words(), **options)
+        assert found.shape == wanted.shape
+        # Random models have nearly level logits: a flipped code may choose another token, and all that follow.
+        assert float((found == wanted).double().mean()) > 0.7
+
+    def test_beams_are_reordered(self, family: str) -> None:
+        model = quantized(build(family))
+        answer = model.generate(words(), max_new_tokens=5, num_beams=3, do_sample=False)
+        assert answer.shape == (2, 14)
+
+
+class TestCache:
+    def test_it_grows_by_each_token_and_serves_the_parts_as_well(self, model: Any) -> None:
+        twin, ids = unfused(model), words(2, 12)
+        whole, _ = logits(twin, ids)
+        cache = DynamicCache()
+        for start, stop in ((0, 7), (7, 8), (8, 9)):
+            step, calls = logits(model, ids[:, start:stop], past_key_values=cache, use_cache=True)
+            assert calls == 2
+            assert cache.get_seq_length() == stop
+            assert cache.layers[1].keys.shape == (2, 2, stop, 6)
+            assert close(step, whole[:, start:stop])
+        step, calls = logits(twin, ids[:, 9:], past_key_values=copy.deepcopy(cache), use_cache=True)
+        assert close(step, whole[:, 9:])
+        again, _ = logits(model, ids[:, 9:], past_key_values=cache, use_cache=True)
+        assert close(again, step)
+
+    def test_what_was_cropped_is_not_written_to(self, model: Any) -> None:
+        cache, ids = DynamicCache(), words(1, 10)
+        logits(model, ids, past_key_values=cache, use_cache=True)
+        kept = cache.layers[0].keys
+        before = kept.clone()
+        cache.crop(-4)
+        step, calls = logits(model, ids[:, 6:7], past_key_values=cache, use_cache=True)
+        assert calls == 2
+        assert torch.equal(kept, before)
+        assert close(step[:, -1], logits(model, ids)[0][:, 6])
+
+    def test_a_cache_of_another_kind_serves_the_parts_and_that_is_said_once(
+        self, model: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        fused_layer._reported.clear()
+        cache = StaticCache(model.config, max_cache_len=16)
+        with caplog.at_level(logging.WARNING, "mono_quant"):
+            answer, calls = logits(model, words(), past_key_values=cache, use_cache=True)
+            logits(model, words(), past_key_values=cache, use_cache=True)
+        assert calls == 0
+        assert close(answer, logits(model, words())[0])
+        assert sum("StaticCache" in record.message for record in caplog.records) == 1
+
+
+class TestTheParts:
+    def test_take_over_in_training_and_other_dtypes(self, model: Any) -> None:
+        assert logits(copy.deepcopy(model).train(), words())[1] == 0
+        half = quantized(build(), compute_dtype=torch.bfloat16)
+        assert not any(isinstance(layer, FusedLayer) for layer in half.model.layers)
+        assert logits(copy.deepcopy(model).bfloat16(), words())[1] == 0
+
+    def test_take_over_where_a_module_inside_is_watched(self, model: Any) -> None:
+        seen = []
+        handle = model.model.layers[0].self_attn.register_forward_hook(lambda *_: seen.append(1))
+        assert logits(model, words())[1] == 1
+        assert seen
+        handle.remove()
+        assert logits(model, words())[1] == 2
+
+    def test_take_over_for_gradients_of_the_input(self, model: Any) -> None:
+        embedded = torch.randn(1, 4, 36, requires_grad=True)
+        with Counter() as counter:
+            model(inputs_embeds=embedded)
+        assert counter.calls == 0
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_take_over_on_other_backends(self, model: Any, backend: str) -> None:
+        wanted, _ = logits(model, words())
+        with ops.use_backend(backend):
+            answer, calls = logits(model, words())
+        assert calls == 0
+        assert close(answer, wanted)
+
+    def test_hidden_states_are_those_of_every_layer(self, model: Any) -> None:
+        with torch.no_grad():
+            answer = model(words(), output_hidden_states=True)
+        assert len(answer.hidden_states) == 3
+
+    def test_compile_as_they_did(self, model: Any) -> None:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert close(logits(compiled, words(), use_cache=False)[0], logits(model, words())[0])
+
+
+class TestWhichLayers:
+    def test_a_layer_with_a_float_part_stays_as_it_is(self) -> None:
+        result = mono_quant.quantize(build(), skip=["model.layers.1.mlp.up_proj"])
+        assert logits(result.model, words())[1] == 1
+        assert "model.layers.1" in result.info.unfused_layers
+
+    def test_none_without_fused_activations(self, tmp_path: Path) -> None:
+        result = mono_quant.quantize(build(), fuse_activations=False)
+        assert logits(result.model, words())[1] == 0
+        result.save(tmp_path / "model.safetensors")
+        assert logits(mono_quant.load_model(tmp_path / "model.safetensors", build()), words())[1] == 0
+
+    def test_saving_copying_and_pickling_keep_every_bit(self, tmp_path: Path) -> None:
+        result = mono_quant.quantize(build())
+        wanted, _ = logits(result.model, words())
+        result.save(tmp_path / "model.safetensors")
+        loaded = mono_quant.load_model(tmp_path / "model.safetensors", build())
+        for other in (loaded, copy.deepcopy(result.model), pickle.loads(pickle.dumps(result.model))):
+            answer, calls = logits(other, words())
+            assert calls == 2
+            assert same_bits(answer, wanted)
