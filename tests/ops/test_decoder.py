@@ -95,8 +95,27 @@ def rows_agree(answer: Tensor, wanted: Tensor) -> bool:
     return bool((apart < 0.05).all()) and (apart.numel() == 0 or float(apart.median()) < 0.01)
 
 
+@dataclass(repr=False)
+class Case:
+    """A call of the operator."""
+
+    decoder: Decoder
+    sizes: tuple[int, int, int]
+    causal: bool
+    inputs: tuple[Tensor, ...]
+    mask: Tensor | None
+
+    def __repr__(self) -> str:
+        d = self.decoder
+        mask = None if self.mask is None else (self.mask.dtype, tuple(self.mask.shape))
+        return f"Case({d.key_heads, d.group, d.depth, d.activation}, {self.sizes}, {self.causal}, {mask})"
+
+    def run(self) -> tuple[Tensor, ...]:
+        return self.decoder.run(self.inputs, self.mask, self.causal)
+
+
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Decoder, tuple[Tensor, ...], Tensor | None, bool]:
+def cases(draw: st.DrawFn) -> Case:
     decoder = Decoder.random(
         draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from((2, 6, 16, 20, 64))),
         draw(st.sampled_from((1, 17, 64, 131))), symmetric=draw(st.booleans()),
@@ -113,22 +132,19 @@ def cases(draw: st.DrawFn) -> tuple[Decoder, tuple[Tensor, ...], Tensor | None, 
         mask = mask if samples else mask[:0]
     if mask is not None and kind == "float":
         mask = torch.where(mask, 0.0, -torch.inf)
-    return decoder, inputs, mask, draw(st.booleans())
+    return Case(decoder, (samples, length, past), draw(st.booleans()), inputs, mask)
 
 
 @pytest.mark.usefixtures("isa")
 class TestEveryInstructionSet:
     @given(case=cases())
-    def test_answers_what_the_specification_says(
-        self, case: tuple[Decoder, tuple[Tensor, ...], Tensor | None, bool]
-    ) -> None:
-        decoder, inputs, mask, causal = case
-        answer, keys, values = decoder.run(inputs, mask, causal)
+    def test_answers_what_the_specification_says(self, case: Case) -> None:
+        answer, keys, values = case.run()
         with ops.use_backend("reference"):
-            wanted = decoder.run(inputs, mask, causal)
-        past = inputs[1].shape[2]
-        assert torch.equal(keys[:, :, :past], inputs[1])
-        assert torch.equal(values[:, :, :past], inputs[2])
+            wanted = case.run()
+        past = case.sizes[2]
+        assert torch.equal(keys[:, :, :past], case.inputs[1])
+        assert torch.equal(values[:, :, :past], case.inputs[2])
         # The first norm sums in another order: up to a code of its row, new keys and values agree.
         assert keys.shape == wanted[1].shape
         assert rows_agree(keys, wanted[1])

@@ -69,7 +69,7 @@ def decoder_layer(
         return linear(rows, tiles, column_sum, weight_scale, zeros, bias, weight_scale.numel(), act)
 
     def split(rows: Tensor) -> Tensor:
-        return rows.view(samples, length, -1, depth).transpose(1, 2)
+        return rows.view(samples, length, rows.shape[-1] // depth, depth).transpose(1, 2)
 
     normed = _norm(x, weights[-2], attention_eps)
     query = _rotate(split(project("query", normed)), cosine, sine)
@@ -78,7 +78,7 @@ def decoder_layer(
     group = heads // key_heads
     seen = _causal(mask, length, keys.shape[2]) if causal else mask
     context = attend(query, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), seen, scale)
-    hidden = x + project("output", context.transpose(1, 2).reshape(samples, length, -1))
+    hidden = x + project("output", context.transpose(1, 2).reshape(samples, length, heads * depth))
     normed = _norm(hidden, weights[-1], output_eps)
     return hidden + project("down", project("gate", normed, activation) * project("up", normed)), keys, values
 
