@@ -49,7 +49,7 @@ def _refuse(layer: nn.Module) -> str | None:
     size = getattr(layer.self_attn, "head_dim", 0)
     if size <= 0 or size % 2:
         return f"its heads have {size} elements"
-    if layer.self_attn.is_causal is not True:
+    if getattr(layer.self_attn, "is_causal", None) is not True:
         return "its tokens see those behind them"
     return why_not_whole(layer.get_submodule("self_attn"))
 
