@@ -509,10 +509,12 @@ void test_codes(const KernelTable& t) {
 }
 
 #include "attention_and_norm.inl"
+#include "decoder_and_counts.inl"
 
 void test_table(const KernelTable& t) {
   test_codes(t);
   test_encoder_kernels(t);
+  test_decoder_kernels(t);
   const int64_t ms[] = {0, 1, 2, 3, 4, 5, 7, 13, 17, 33, 50}, ks[] = {0, 1, 3, 4, 5, 15, 63, 64, 65, 100, 130, 200};
   const int64_t ns[] = {1, 7, 15, 16, 17, 33, 63, 64, 65, 100, 130};
   int variant = 0;
