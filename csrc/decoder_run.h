@@ -16,11 +16,14 @@ struct DecoderArgs {
   const float* x;  // [samples, length, width]
   float* out;
   int64_t samples, length, width, heads, key_heads, depth;
-  // Keys and values so far [samples, key_heads, past, depth], and with those of `x` behind them.
+  int64_t past;  // tokens before those of `x`
+  // Where keys and values of `x` go, behind those of the past [samples, key_heads, at least past + length, depth].
+  float *keys, *values;
+  int64_t sample_stride, head_stride;
+  // Those of the past [samples, key_heads, past, depth] where they are elsewhere and have to be copied, or null.
   const float *past_keys, *past_values;
   int64_t past_sample_stride, past_head_stride;
-  int64_t past;
-  float *keys, *values;
+  int64_t seen;  // keys that are attended to: past + length, or more where the mask shows more
   const float *cosine, *sine;  // [samples or 1, length, depth]
   int64_t angle_stride;  // from one sample to the next, or 0
   PackedLayer query, key, value, output, gate, up, down;
@@ -28,7 +31,7 @@ struct DecoderArgs {
   float attention_eps, output_eps;
   float scale;
   bool causal;
-  const float* mask;  // [samples, mask_rows, round_up(past + length, kMaskColumns)] or null
+  const float* mask;  // [samples, mask_rows, round_up(seen, kMaskColumns)] or null
   int64_t mask_rows;
 };
 
@@ -38,7 +41,7 @@ class DecoderRun {
       : p_(args), table_(kernels()), rows_(p_.samples * p_.length), meeting_(kMeetings) {
     const double weights = (double)p_.width * (double)((2 * p_.heads + 2 * p_.key_heads) * p_.depth) +
                            3. * (double)p_.width * (double)p_.up.outputs;
-    const double attention = 2. * (double)rows_ * (double)(p_.past + p_.length) * (double)(p_.heads * p_.depth);
+    const double attention = 2. * (double)rows_ * (double)p_.seen * (double)(p_.heads * p_.depth);
     // The weights come from memory; multiply-adds of attention are float32 ones, about an eighth as fast.
     threads_ = worthwhile_threads(((double)rows_ * weights + 8 * attention) / table_.speed + weights / 25e3);
     chunked_ = rows_ >= kChunkRows / 2 * threads_;
@@ -159,7 +162,7 @@ class DecoderRun {
 
   // Positions into queries and keys; keys and values to their places behind those of the past.
   void scatter(const Buffers& b, int64_t from, const Piece& piece) const {
-    const int64_t all = p_.past + p_.length, depth = p_.depth;
+    const int64_t depth = p_.depth;
     for (int64_t r = piece.begin; r < piece.end; ++r) {
       const int64_t sample = (from + r) / p_.length, position = (from + r) % p_.length;
       const int64_t angle = sample * p_.angle_stride + position * depth;
@@ -167,21 +170,21 @@ class DecoderRun {
       table_.rotate(query, p_.heads, depth, p_.cosine + angle, p_.sine + angle);
       table_.rotate(b.key + r * p_.key.outputs, p_.key_heads, depth, p_.cosine + angle, p_.sine + angle);
       for (int64_t h = 0; h < p_.key_heads; ++h) {
-        const int64_t to = ((sample * p_.key_heads + h) * all + p_.past + position) * depth;
+        const int64_t to = sample * p_.sample_stride + h * p_.head_stride + (p_.past + position) * depth;
         memcpy(p_.keys + to, b.key + r * p_.key.outputs + h * depth, (size_t)depth * 4);
         memcpy(p_.values + to, b.value + r * p_.key.outputs + h * depth, (size_t)depth * 4);
       }
     }
   }
 
-  // A piece is a sample and a head of keys: its past is copied by whoever takes it, and met by all heads of queries
-  // that share it.
+  // A piece is a sample and a head of keys: its past is copied, if it must be, by whoever takes it, and met by all heads
+  // of queries that share it.
   int64_t attention_pieces() const { return p_.samples * p_.key_heads; }
 
   void attend(int64_t piece) const {
-    const int64_t sample = piece / p_.key_heads, head = piece % p_.key_heads, all = p_.past + p_.length;
-    const int64_t group = p_.heads / p_.key_heads, to = piece * all * p_.depth;
-    if (p_.past > 0) {
+    const int64_t sample = piece / p_.key_heads, head = piece % p_.key_heads, group = p_.heads / p_.key_heads;
+    const int64_t to = sample * p_.sample_stride + head * p_.head_stride;
+    if (p_.past_keys && p_.past > 0) {
       const int64_t past = sample * p_.past_sample_stride + head * p_.past_head_stride;
       memcpy(p_.keys + to, p_.past_keys + past, (size_t)(p_.past * p_.depth) * 4);
       memcpy(p_.values + to, p_.past_values + past, (size_t)(p_.past * p_.depth) * 4);
@@ -190,11 +193,11 @@ class DecoderRun {
     a.k = p_.keys + to;
     a.v = p_.values + to;
     a.k_stride = a.v_stride = p_.depth;
-    a.keys = all;
+    a.keys = p_.seen;
     a.depth = p_.depth;
     a.scale = p_.scale;
     if (p_.mask) {
-      const int64_t row = round_up(all, kMaskColumns);
+      const int64_t row = round_up(p_.seen, kMaskColumns);
       a.mask = p_.mask + sample * p_.mask_rows * row;
       a.mask_stride = p_.mask_rows == 1 ? 0 : row;
     }

@@ -29,11 +29,12 @@ inline PackedLayer take_layer(std::vector<Tensor>& tensors, int64_t at, int64_t 
           asymmetric ? t[4].data<int8_t>() : nullptr, t[3].data<float>(), inputs, n, activation};
 }
 
-// A mask [samples or 1, 1, queries or 1, keys] of bool or float32 as floats to add, rows padded for whole vectors.
-inline std::vector<float> additive_mask(const Tensor& mask, int64_t samples, int64_t queries, int64_t keys,
-                                        int64_t* rows) {
+// A mask [samples or 1, 1, queries or 1, all keys] of bool or float32 as floats to add: the first `keys` of each row,
+// padded for whole vectors.
+inline std::vector<float> additive_mask(const Tensor& mask, int64_t samples, int64_t queries, int64_t all_keys,
+                                        int64_t keys, int64_t* rows) {
   const bool fits = mask.dim() == 4 && (mask.size(0) == samples || mask.size(0) == 1) && mask.size(1) == 1 &&
-                    (mask.size(2) == queries || mask.size(2) == 1) && mask.size(3) == keys;
+                    (mask.size(2) == queries || mask.size(2) == 1) && mask.size(3) == all_keys;
   check(fits, "the mask must be [samples, 1, queries, keys]");
   const bool boolean = mask.dtype() == aoti_torch_dtype_bool();
   check(boolean || mask.dtype() == aoti_torch_dtype_float32(), "the mask must be bool or float32");

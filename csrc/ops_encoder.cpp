@@ -43,7 +43,7 @@ void encoder_layer(StableIValue* stack, uint64_t, uint64_t) {
   a.output_norm = take_norm(weights, kLinears * kTensorsEach + 2, a.width, output_eps);
   std::vector<float> mask_values;
   if (mask) {
-    mask_values = additive_mask(mask, a.samples, a.length, a.length, &a.mask_rows);
+    mask_values = additive_mask(mask, a.samples, a.length, a.length, a.length, &a.mask_rows);
     a.mask = mask_values.data();
   }
   Tensor out = Tensor::empty({a.samples, a.length, a.width}, aoti_torch_dtype_float32());

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mono_quant.integrations.whole_layers import why_not_whole
 from mono_quant.modules.decoder_layer import DecoderLayout
@@ -45,6 +45,31 @@ def dynamic_layer(cache: Any, index: int) -> Any:
     return layer if layer.keys.dtype == torch.float32 and layer.keys.device.type == "cpu" else None
 
 
+def static_layer(cache: Any, index: int, empty: Tensor) -> Any:
+    """Answer what a ``StaticCache`` holds for one layer, ready to be given keys and values.
+
+    Args:
+        cache: Any cache of transformers.
+        index: The layer's place in it.
+        empty: Keys of no token, float32 ``[samples, heads, 0, depth]``.
+
+    Returns:
+        An object whose ``keys`` and ``values`` are float32 ``[samples, heads, capacity, depth]``, or ``None`` where the
+        cache keeps them in another way.
+    """
+    if not _is_exactly(cache, "StaticCache") or cache.offloading:
+        return None
+    layers = cache.layers
+    if len(layers) <= index or not _is_exactly(layers[index], "StaticLayer"):
+        return None
+    layer = layers[index]
+    if not layer.is_initialized:
+        layer.lazy_initialization(empty, empty)
+    held = (layer.keys, layer.values)
+    fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in held)
+    return layer if fits and layer.keys.shape[0] == empty.shape[0] else None
+
+
 def _refuse(layer: nn.Module) -> str | None:
     size = getattr(layer.self_attn, "head_dim", 0)
     if size <= 0 or size % 2:
@@ -71,7 +96,8 @@ def _layout(norm_class: str) -> DecoderLayout:
         scale="self_attn.scaling",
         layer_index="self_attn.layer_idx",
         refuse=_refuse,
-        cache_layer=dynamic_layer,
+        growing_layer=dynamic_layer,
+        static_layer=static_layer,
     )
 
 

@@ -37,8 +37,11 @@ class DecoderLayout(LayerLayout):
         scale: The attribute that holds what scores are multiplied with.
         layer_index: The attribute that holds the layer's place in the cache.
         refuse: Answers why a layer of this class computes something else, or ``None``.
-        cache_layer: From a cache and the layer's place in it, answers the object whose ``keys`` and ``values`` grow;
+        growing_layer: From a cache and the layer's place in it, answers the object whose ``keys`` and ``values`` grow;
             ``None`` for a cache that works in another way.
+        static_layer: From a cache, the layer's place in it and an empty tensor ``[samples, key heads, 0, depth]``,
+            answers the object whose ``keys`` and ``values`` have room for all tokens, ``cumulative_length`` of which
+            are there; ``None`` likewise.
     """
 
     query: str
@@ -56,7 +59,8 @@ class DecoderLayout(LayerLayout):
     scale: str
     layer_index: str
     refuse: Callable[[nn.Module], str | None]
-    cache_layer: Callable[[Any, int], Any]
+    growing_layer: Callable[[Any, int], Any]
+    static_layer: Callable[[Any, int, Tensor], Any]
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -105,20 +109,32 @@ class DecoderLayout(LayerLayout):
             return NotImplemented
         if layer.needs_its_parts(operands):
             return NotImplemented
-        grown = None
-        if cache is not None:
-            grown = self.cache_layer(cache, constants["index"])
-            if grown is None:
-                layer.report(f"its cache is a {type(cache).__name__} of another kind than the dynamic one")
+        empty = constants["empty"].expand(x.shape[0], -1, -1, -1)
+        grown = None if cache is None else self.growing_layer(cache, constants["index"])
+        fixed = None
+        if cache is not None and grown is None:
+            fixed = self.static_layer(cache, constants["index"], empty)
+            if fixed is None:
+                layer.report(f"its cache is a {type(cache).__name__} of another kind than the dynamic and static ones")
                 return NotImplemented
-        keys, values = _past(grown, constants["empty"], x.shape[0])
         mask, length = kwargs.get("attention_mask"), x.shape[1]
+        numbers = constants["heads"], constants["scale"], *constants["eps"], mask is None and length > 1
+        activation = operands.linears[4].activation
+        if fixed is not None:
+            if not layer.takes_mask(mask, x.shape[0], length, fixed.keys.shape[2]):
+                return NotImplemented
+            out: Tensor = torch.ops.mono_quant.decoder_layer_static_cache.default(
+                x, fixed.keys, fixed.values, fixed.cumulative_length, cosine, sine, mask, operands.weights, *numbers,
+                activation,
+            )  # fmt: skip
+            fixed.cumulative_length.add_(length)
+            return out
+        keys, values = (empty, empty) if grown is None or not grown.keys.numel() else (grown.keys, grown.values)
         if not layer.takes_mask(mask, x.shape[0], length, keys.shape[2] + length):
             return NotImplemented
         out, keys, values = torch.ops.mono_quant.decoder_layer.default(
-            x, keys, values, cosine, sine, mask, operands.weights, constants["heads"], constants["scale"],
-            *constants["eps"], mask is None and length > 1, operands.linears[4].activation,
-        )  # fmt: skip
+            x, keys, values, cosine, sine, mask, operands.weights, *numbers, activation
+        )
         if grown is not None:
             grown.keys, grown.values = keys, values
         return out
@@ -136,10 +152,3 @@ def _fit(angles: Tensor, x: Tensor, depth: int) -> bool:
         angles.dtype == torch.float32 and len(shape) == 3 and shape[0] in (1, x.shape[0])
         and shape[1] == x.shape[1] and shape[2] == depth
     )  # fmt: skip
-
-
-def _past(grown: Any, empty: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    if grown is None or grown.keys is None or not grown.keys.numel():
-        past = empty if samples == 1 else empty.expand(samples, -1, -1, -1)
-        return past, past
-    return grown.keys, grown.values

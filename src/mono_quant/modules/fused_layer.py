@@ -91,14 +91,14 @@ class FusedLayer(nn.Module):
     """What a layer becomes that runs as one operator: a subclass of this and of the layer's own class.
 
     Where an input or the layer's state does not allow it (training, gradients, hooks on modules inside, modules in
-    their places, other dtypes, ``torch.compile``, another backend), ``forward`` is that of the layer's own class.
+    their places, other dtypes, another backend), ``forward`` is that of the layer's own class.
     """
 
     float_type: type[nn.Module]
     layout: LayerLayout
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training and not torch.compiler.is_compiling() and get_backend() == "native":
+        if not self.training and get_backend() == "native":
             out = self.layout.run(self, args, kwargs)
             if out is not NotImplemented:
                 return out
@@ -120,6 +120,13 @@ class FusedLayer(nn.Module):
 
         ``None`` where the layer has become one that no operator computes.
         """
+        if torch.compiler.is_compiling():
+            # The compiler itself sees to it that what is read here is still so in later calls.
+            reason = why_not_fused(self)
+            if reason is None:
+                return gather(self, self.layout.linears, self.layout.norms, self.layout.constants(self))
+            self.report(reason)
+            return None
         found: Operands | None = self.__dict__.get(_CACHE)
         if found is None or not found.are_current():
             self.__dict__.pop(_CACHE, None)
@@ -143,7 +150,7 @@ class FusedLayer(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             self.report(_GRADIENTS)
             return False
-        return not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        return torch.compiler.is_compiling() or not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
     def needs_its_parts(self, operands: Operands) -> bool:
         """Say whether the modules inside have to be called: for hooks, training (of dropout) or gradients."""
@@ -180,13 +187,17 @@ class FusedLayer(nn.Module):
 
     def report(self, reason: str) -> None:
         """Say once that layers of this class run part by part."""
-        message = f"a {type(self).__name__} runs part by part: {reason}"
-        if message not in _reported:
-            _reported.add(message)
-            _LOG.warning(message)
+        _report_once(f"a {type(self).__name__} runs part by part: {reason}")
 
 
 _reported: set[str] = set()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
+def _report_once(message: str) -> None:
+    if message not in _reported:
+        _reported.add(message)
+        _LOG.warning(message)
 
 
 def _want_of(module: nn.Module) -> str | None:

@@ -1,4 +1,5 @@
-"""What one layer of a decoder of the Llama family answers: the specification of ``decoder_layer``, and its shapes."""
+"""What one layer of a decoder of the Llama family answers: the specification of ``decoder_layer``, for both kinds of cache, and
+the shapes of its answers."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mono_quant.errors import InputError
 from mono_quant.ops.encoder_reference import TENSORS_EACH, attend
+from mono_quant.ops.reference import linear_dynamic_packed
 
 #: The linear layers in the order in which ``weights`` holds them, see :mod:`mono_quant.ops.encoder_reference`. The
 #: weights of the norm before attention and of the norm before the feed-forward part follow.
@@ -18,7 +20,6 @@ WEIGHTS: Final = len(LINEARS) * TENSORS_EACH + 2
 
 
 def decoder_layer(
-    linear: Callable[..., Tensor],
     x: Tensor,
     past_keys: Tensor,
     past_values: Tensor,
@@ -36,7 +37,6 @@ def decoder_layer(
     """Answer ``h + down(act(gate(norm(h))) * up(norm(h)))`` with ``h = x + output(attention(norm(x)))``.
 
     Args:
-        linear: The specification of ``linear_dynamic_packed``.
         x: float32 ``[samples, length, width]``.
         past_keys, past_values: float32 ``[samples, key heads, past, depth]``; the sizes of heads are read from them.
         cosine, sine: The angles of the positions of ``x``, float32 ``[samples or 1, length, depth]``. Pairs of elements
@@ -55,10 +55,91 @@ def decoder_layer(
     Raises:
         InputError: The number of weights, or a size, does not fit.
     """
+    keys, values = past_keys, past_values
+
+    def grow(new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal keys, values
+        keys, values = torch.cat([past_keys, new_keys], dim=2), torch.cat([past_values, new_values], dim=2)
+        return keys, values
+
+    def seen(length: int) -> Tensor | None:
+        return _causal(mask, past_keys.shape[2], length, keys.shape[2]) if causal else mask
+
+    sizes = heads, past_keys.shape[1], past_keys.shape[3]
+    eps = attention_eps, output_eps
+    return _layer(x, grow, cosine, sine, seen, weights, sizes, scale, eps, activation), keys, values
+
+
+def decoder_layer_static_cache(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    mask: Tensor | None,
+    weights: Sequence[Tensor],
+    heads: int,
+    scale: float,
+    attention_eps: float,
+    output_eps: float,
+    causal: bool,
+    activation: str,
+) -> Tensor:
+    """Answer what :func:`decoder_layer` does, with keys and values that have room for all tokens from the start.
+
+    Those of ``x`` are written to their places in ``keys`` and ``values``.
+
+    Args:
+        keys, values: float32 ``[samples, key heads, capacity, depth]``, each row dense; changed in place.
+        position: The number of tokens before those of ``x``, one int64.
+        mask: As there, but over all keys: ``[samples or 1, 1, length or 1, capacity]``. Without a mask, the keys up to
+            the last token of ``x`` are attended to.
+
+    Returns:
+        float32 ``[samples, length, width]``.
+
+    Raises:
+        InputError: The number of weights, or a size, does not fit, or the cache has no room.
+    """
+    past, length, capacity = int(position), x.shape[1], keys.shape[2]
+    if past < 0 or past + length > capacity:
+        raise InputError(
+            f"a cache for {capacity} tokens got {length} at position {past}",
+            suggestion="Make it larger, or reset it.",
+        )
+
+    def grow(new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
+        keys[:, :, past : past + length] = new_keys
+        values[:, :, past : past + length] = new_values
+        if mask is not None:
+            return keys, values
+        return keys[:, :, : past + length], values[:, :, : past + length]
+
+    def seen(length: int) -> Tensor | None:
+        return _causal(mask, past, length, past + length if mask is None else capacity) if causal else mask
+
+    sizes, eps = (heads, keys.shape[1], keys.shape[3]), (attention_eps, output_eps)
+    return _layer(x, grow, cosine, sine, seen, weights, sizes, scale, eps, activation)
+
+
+def _layer(
+    x: Tensor,
+    grow: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    cosine: Tensor,
+    sine: Tensor,
+    seen: Callable[[int], Tensor | None],
+    weights: Sequence[Tensor],
+    sizes: tuple[int, int, int],
+    scale: float,
+    eps: tuple[float, float],
+    activation: str,
+) -> Tensor:
+    """Answer the layer's output; ``grow`` takes keys and values of ``x`` and answers all, ``seen`` masks them."""
+    heads, key_heads, depth = sizes
     if len(weights) != WEIGHTS:
         raise InputError(f"decoder_layer got {len(weights)} weights, expected {WEIGHTS}")
     samples, length, _ = x.shape
-    key_heads, depth = past_keys.shape[1], past_keys.shape[3]
     if heads < 1 or heads % key_heads or depth % 2:
         raise InputError(f"{heads} heads over {key_heads} heads of keys of {depth} elements are no attention")
 
@@ -66,25 +147,23 @@ def decoder_layer(
         at = LINEARS.index(name) * TENSORS_EACH
         tiles, column_sum, weight_scale, bias, zero_point = weights[at : at + TENSORS_EACH]
         zeros = zero_point.reshape(-1, 1) if zero_point.numel() else None
-        return linear(rows, tiles, column_sum, weight_scale, zeros, bias, weight_scale.numel(), act)
+        return linear_dynamic_packed(rows, tiles, column_sum, weight_scale, zeros, bias, weight_scale.numel(), act)
 
     def split(rows: Tensor) -> Tensor:
         return rows.view(samples, length, rows.shape[-1] // depth, depth).transpose(1, 2)
 
-    normed = _norm(x, weights[-2], attention_eps)
+    normed = _norm(x, weights[-2], eps[0])
     query = _rotate(split(project("query", normed)), cosine, sine)
-    keys = torch.cat([past_keys, _rotate(split(project("key", normed)), cosine, sine)], dim=2)
-    values = torch.cat([past_values, split(project("value", normed))], dim=2)
+    keys, values = grow(_rotate(split(project("key", normed)), cosine, sine), split(project("value", normed)))
     group = heads // key_heads
-    seen = _causal(mask, length, keys.shape[2]) if causal else mask
-    context = attend(query, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), seen, scale)
+    context = attend(query, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), seen(length), scale)
     hidden = x + project("output", context.transpose(1, 2).reshape(samples, length, heads * depth))
-    normed = _norm(hidden, weights[-1], output_eps)
-    return hidden + project("down", project("gate", normed, activation) * project("up", normed)), keys, values
+    normed = _norm(hidden, weights[-1], eps[1])
+    return hidden + project("down", project("gate", normed, activation) * project("up", normed))
 
 
-def _causal(mask: Tensor | None, queries: int, keys: int) -> Tensor:
-    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
+def _causal(mask: Tensor | None, past: int, queries: int, keys: int) -> Tensor:
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(past)[None, None]
     if mask is None:
         return seen
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
@@ -105,3 +184,7 @@ def decoder_layer_shape(x: Tensor, past_keys: Tensor, *_: object, **__: object) 
     return (torch.empty(x.shape, dtype=x.dtype, device=x.device),
             torch.empty(grown, dtype=x.dtype, device=x.device),
             torch.empty(grown, dtype=x.dtype, device=x.device))  # fmt: skip
+
+
+def decoder_layer_static_cache_shape(x: Tensor, *_: object, **__: object) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

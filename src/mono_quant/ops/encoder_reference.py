@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from mono_quant.errors import InputError
+from mono_quant.ops.reference import linear_dynamic_packed
 
 #: The linear layers in the order in which ``weights`` holds them, :data:`TENSORS_EACH` tensors for each. Weight and
 #: bias of the norm after attention and of the norm after the feed-forward pair follow.
@@ -18,7 +19,6 @@ WEIGHTS: Final = len(LINEARS) * TENSORS_EACH + 4
 
 
 def encoder_layer(
-    linear: Callable[..., Tensor],
     x: Tensor,
     mask: Tensor | None,
     weights: Sequence[Tensor],
@@ -31,7 +31,6 @@ def encoder_layer(
     """Answer ``y = norm(h + down(act(up(h))))`` with ``h = norm(x + output(attention(x)))``.
 
     Args:
-        linear: The specification of ``linear_dynamic_packed``.
         x: float32 ``[samples, length, width]``.
         mask: ``None``, bool (``True`` is seen) or float32 (added to the scores), ``[samples or 1, 1, length or 1,
             length]``. A query that sees nothing gets zeros from attention.
@@ -58,7 +57,7 @@ def encoder_layer(
         at = LINEARS.index(name) * TENSORS_EACH
         tiles, column_sum, weight_scale, bias, zero_point = weights[at : at + TENSORS_EACH]
         zeros = zero_point.reshape(-1, 1) if zero_point.numel() else None
-        return linear(rows, tiles, column_sum, weight_scale, zeros, bias, weight_scale.numel(), act)
+        return linear_dynamic_packed(rows, tiles, column_sum, weight_scale, zeros, bias, weight_scale.numel(), act)
 
     def split(rows: Tensor) -> Tensor:
         return rows.view(samples, length, heads, width // heads).transpose(1, 2)

@@ -1,7 +1,7 @@
 """The operators' schemas and shape functions, and the specification registered for every device.
 
 ``torch.ops.mono_quant.*`` exists once this module is imported. Where a device has no kernel of its own, PyTorch's
-dispatcher runs the functions of :mod:`mono_quant.ops.reference`.
+dispatcher runs the functions of :mod:`mono_quant.ops.reference` and of its neighbours for whole layers and chains.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from torch.library import Library, register_fake
 
 from mono_quant.core.packing import TILE_IN, TILE_OUT
 from mono_quant.ops import reference
-from mono_quant.ops.code_reference import run_codes_shape
-from mono_quant.ops.decoder_reference import decoder_layer_shape
-from mono_quant.ops.encoder_reference import encoder_layer_shape
+from mono_quant.ops.code_reference import run_codes, run_codes_shape
+from mono_quant.ops.decoder_reference import (
+    decoder_layer,
+    decoder_layer_shape,
+    decoder_layer_static_cache,
+    decoder_layer_static_cache_shape,
+)
+from mono_quant.ops.encoder_reference import encoder_layer, encoder_layer_shape
 
 NAMESPACE = "mono_quant"
 
@@ -42,10 +47,19 @@ SCHEMAS: dict[str, str] = {
     "decoder_layer": "(Tensor x, Tensor past_keys, Tensor past_values, Tensor cosine, Tensor sine, Tensor? mask, "
     "Tensor[] weights, int heads, float scale, float attention_eps, float output_eps, bool causal, str activation) "
     "-> (Tensor, Tensor, Tensor)",
+    "decoder_layer_static_cache": "(Tensor x, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor cosine, "
+    "Tensor sine, Tensor? mask, Tensor[] weights, int heads, float scale, float attention_eps, float output_eps, "
+    "bool causal, str activation) -> Tensor",
     "run_codes": "(Tensor[] inputs, Tensor constants, str program) -> Tensor[]",
 }
 
-REFERENCE: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in SCHEMAS}
+_WHOLE: dict[str, Callable[..., Any]] = {
+    "encoder_layer": encoder_layer,
+    "decoder_layer": decoder_layer,
+    "decoder_layer_static_cache": decoder_layer_static_cache,
+    "run_codes": run_codes,
+}
+REFERENCE: dict[str, Callable[..., Any]] = {name: _WHOLE.get(name) or getattr(reference, name) for name in SCHEMAS}
 
 
 def _quantize_rows_shape(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,6 +155,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "count_values": _count_values_shape,
     "encoder_layer": encoder_layer_shape,
     "decoder_layer": decoder_layer_shape,
+    "decoder_layer_static_cache": decoder_layer_static_cache_shape,
     "run_codes": run_codes_shape,
 }
 

@@ -38,6 +38,7 @@ _OPERATORS = frozenset(
         "count_values",
         "encoder_layer",
         "decoder_layer",
+        "decoder_layer_static_cache",
         "run_codes",
     }
 )

@@ -1,4 +1,7 @@
-"""Pure-PyTorch specification of every operator, for any device.
+"""Pure-PyTorch specification of the operators, for any device.
+
+That of whole layers and of chains of layers is in :mod:`mono_quant.ops.encoder_reference`,
+:mod:`mono_quant.ops.decoder_reference` and :mod:`mono_quant.ops.code_reference`.
 
 These functions define what the operators mean; faster backends must agree with them. Integer products run in float64,
 which holds every sum of 8-bit products exactly (up to 2**53), so one formula serves all lengths and all devices.
@@ -19,8 +22,6 @@ from mono_quant.core.mappers import SMALLEST_SCALE
 from mono_quant.core.packing import pack_tiles, unpack_int32, unpack_tiles
 from mono_quant.core.quantized_tensor import row_chunks
 from mono_quant.errors import ConfigurationError, InputError
-from mono_quant.ops import decoder_reference, encoder_reference
-from mono_quant.ops.code_reference import run_codes as run_codes
 
 # Elements counted at a time: their bin numbers stay in the cache.
 _COUNTED_AT_ONCE: Final = 1 << 19
@@ -310,41 +311,3 @@ def count_values(x: Tensor, bins: int, exponent: int) -> Tensor:
         for counted in waiting:
             total += counted.result()
     return total
-
-
-def encoder_layer(
-    x: Tensor,
-    mask: Tensor | None,
-    weights: list[Tensor],
-    heads: int,
-    scale: float,
-    attention_eps: float,
-    output_eps: float,
-    activation: str,
-) -> Tensor:
-    """See :func:`mono_quant.ops.encoder_reference.encoder_layer`."""
-    return encoder_reference.encoder_layer(
-        linear_dynamic_packed, x, mask, weights, heads, scale, attention_eps, output_eps, activation
-    )
-
-
-def decoder_layer(
-    x: Tensor,
-    past_keys: Tensor,
-    past_values: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
-    mask: Tensor | None,
-    weights: list[Tensor],
-    heads: int,
-    scale: float,
-    attention_eps: float,
-    output_eps: float,
-    causal: bool,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mono_quant.ops.decoder_reference.decoder_layer`."""
-    return decoder_reference.decoder_layer(
-        linear_dynamic_packed, x, past_keys, past_values, cosine, sine, mask, weights, heads, scale, attention_eps,
-        output_eps, causal, activation,
-    )  # fmt: skip
