@@ -45,13 +45,14 @@ def dynamic_layer(cache: Any, index: int) -> Any:
     return layer if layer.keys.dtype == torch.float32 and layer.keys.device.type == "cpu" else None
 
 
-def static_layer(cache: Any, index: int, empty: Tensor) -> Any:
+def static_layer(cache: Any, index: int, samples: int, empty: Tensor) -> Any:
     """Answer what a ``StaticCache`` holds for one layer, ready to be given keys and values.
 
     Args:
         cache: Any cache of transformers.
         index: The layer's place in it.
-        empty: Keys of no token, float32 ``[samples, heads, 0, depth]``.
+        samples: Sequences that are read at a time.
+        empty: Keys of no token, float32 ``[1, heads, 0, depth]``.
 
     Returns:
         An object whose ``keys`` and ``values`` are float32 ``[samples, heads, capacity, depth]``, or ``None`` where the
@@ -64,10 +65,11 @@ def static_layer(cache: Any, index: int, empty: Tensor) -> Any:
         return None
     layer = layers[index]
     if not layer.is_initialized:
-        layer.lazy_initialization(empty, empty)
-    held = (layer.keys, layer.values)
+        keys = empty.expand(samples, -1, -1, -1)
+        layer.lazy_initialization(keys, keys)
+    held = layer.keys, layer.values
     fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in held)
-    return layer if fits and layer.keys.shape[0] == empty.shape[0] else None
+    return layer if fits and layer.keys.shape[0] == samples else None
 
 
 def _refuse(layer: nn.Module) -> str | None:

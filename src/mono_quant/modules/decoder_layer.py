@@ -9,8 +9,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from mono_quant.modules.compiled_layer import HeldCache
 from mono_quant.modules.encoder_layer import attribute
 from mono_quant.modules.fused_layer import FusedLayer, LayerLayout
+from mono_quant.modules.layer_operands import Operands
 
 # What a decoder layer is called with, and what does not change its answer.
 _KNOWN: Final = frozenset(
@@ -39,9 +41,9 @@ class DecoderLayout(LayerLayout):
         refuse: Answers why a layer of this class computes something else, or ``None``.
         growing_layer: From a cache and the layer's place in it, answers the object whose ``keys`` and ``values`` grow;
             ``None`` for a cache that works in another way.
-        static_layer: From a cache, the layer's place in it and an empty tensor ``[samples, key heads, 0, depth]``,
-            answers the object whose ``keys`` and ``values`` have room for all tokens, ``cumulative_length`` of which
-            are there; ``None`` likewise.
+        static_layer: From a cache, the layer's place in it, the number of samples and an empty tensor ``[1, key heads,
+            0, depth]``, answers the object whose ``keys`` and ``values`` have room for all tokens,
+            ``cumulative_length`` of which are there; ``None`` likewise.
     """
 
     query: str
@@ -60,7 +62,7 @@ class DecoderLayout(LayerLayout):
     layer_index: str
     refuse: Callable[[nn.Module], str | None]
     growing_layer: Callable[[Any, int], Any]
-    static_layer: Callable[[Any, int, Tensor], Any]
+    static_layer: Callable[[Any, int, int, Tensor], Any]
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -99,45 +101,83 @@ class DecoderLayout(LayerLayout):
         if len(args) > 1 or angles is None or _asks_for_more(kwargs) or not layer.takes(x):
             return NotImplemented
         assert isinstance(x, Tensor)
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if torch.compiler.is_compiling():
+            return self._call_from_graph(layer, x, angles, mask, cache) if layer.is_compiled_whole() else NotImplemented
         operands = layer.operands()
+        if operands is None or x.shape[2] != operands.linears[0].in_features or layer.needs_its_parts(operands):
+            return NotImplemented
+        for part in angles:
+            if not _fit(part, x, operands.constants["empty"].shape[3]):
+                layer.report(f"the angles of its positions are {part.dtype} of shape {tuple(part.shape)}")
+                return NotImplemented
+        held = self._held(layer, cache, x.shape[0], operands.constants["index"], operands.constants["empty"])
+        if held is None:
+            return NotImplemented
+        return _compute(layer, operands, x, angles, mask, held)
+
+    def _held(self, layer: FusedLayer, cache: Any, samples: int, index: int, empty: Tensor) -> Any:
+        """Answer the object that holds the layer's keys and values, or ``None`` if they are kept in another way."""
+        if cache is None:
+            return HeldCache(None, None)
+        if isinstance(cache, HeldCache):
+            return cache
+        held = self.growing_layer(cache, index)
+        if held is None:
+            held = self.static_layer(cache, index, samples, empty)
+        if held is None:
+            layer.report(f"its cache is a {type(cache).__name__} of another kind than the dynamic and static ones")
+        return held
+
+    def _call_from_graph(self, layer: FusedLayer, x: Tensor, angles: Any, mask: Any, cache: Any) -> Any:
+        """Answer the layer's output as one operator of a graph that is being compiled."""
         cosine, sine = angles
-        if operands is None or x.shape[2] != operands.linears[0].in_features:
+        size, keys = attribute(layer, self.head_size), attribute(layer, f"{self.key}.out_features")
+        empty = torch.empty(1, keys // size, 0, size)
+        held = self._held(layer, cache, x.shape[0], attribute(layer, self.layer_index), empty)
+        if held is None:
             return NotImplemented
-        constants, cache = operands.constants, kwargs.get("past_key_values")
-        if not _fit(cosine, x, constants["empty"].shape[3]) or not _fit(sine, x, constants["empty"].shape[3]):
-            layer.report(f"the angles of its positions are {cosine.dtype} of shape {tuple(cosine.shape)}")
-            return NotImplemented
-        if layer.needs_its_parts(operands):
-            return NotImplemented
-        empty = constants["empty"].expand(x.shape[0], -1, -1, -1)
-        grown = None if cache is None else self.growing_layer(cache, constants["index"])
-        fixed = None
-        if cache is not None and grown is None:
-            fixed = self.static_layer(cache, constants["index"], empty)
-            if fixed is None:
-                layer.report(f"its cache is a {type(cache).__name__} of another kind than the dynamic and static ones")
-                return NotImplemented
-        mask, length = kwargs.get("attention_mask"), x.shape[1]
-        numbers = constants["heads"], constants["scale"], *constants["eps"], mask is None and length > 1
-        activation = operands.linears[4].activation
-        if fixed is not None:
-            if not layer.takes_mask(mask, x.shape[0], length, fixed.keys.shape[2]):
-                return NotImplemented
-            out: Tensor = torch.ops.mono_quant.decoder_layer_static_cache.default(
-                x, fixed.keys, fixed.values, fixed.cumulative_length, cosine, sine, mask, operands.weights, *numbers,
-                activation,
-            )  # fmt: skip
-            fixed.cumulative_length.add_(length)
+        if getattr(held, "cumulative_length", None) is not None:
+            out = torch.ops.mono_quant.fused_decoder_layer_static_cache.default(
+                layer.number, x, held.keys, held.values, held.cumulative_length, cosine, sine, mask
+            )
+            held.cumulative_length.add_(x.shape[1])
             return out
-        keys, values = (empty, empty) if grown is None or not grown.keys.numel() else (grown.keys, grown.values)
-        if not layer.takes_mask(mask, x.shape[0], length, keys.shape[2] + length):
-            return NotImplemented
-        out, keys, values = torch.ops.mono_quant.decoder_layer.default(
-            x, keys, values, cosine, sine, mask, operands.weights, *numbers, activation
+        nothing = held.keys is None or not held.keys.numel()
+        past = (None, None) if nothing else (held.keys, held.values)
+        out, held.keys, held.values = torch.ops.mono_quant.fused_decoder_layer.default(
+            layer.number, x, *past, cosine, sine, mask, keys // size
         )
-        if grown is not None:
-            grown.keys, grown.values = keys, values
         return out
+
+
+def _compute(layer: FusedLayer, operands: Operands, x: Tensor, angles: Any, mask: Any, held: Any) -> Any:
+    constants, length, (cosine, sine) = operands.constants, x.shape[1], angles
+    numbers = constants["heads"], constants["scale"], *constants["eps"], mask is None and length > 1
+    activation, position = operands.linears[4].activation, getattr(held, "cumulative_length", None)
+    if position is not None:
+        if mask is None and length == 1:
+            layer.report("without a mask, its token sees places of the cache that hold no token yet")
+            return NotImplemented
+        if not layer.takes_mask(mask, x.shape[0], length, held.keys.shape[2]):
+            return NotImplemented
+        out: Tensor = torch.ops.mono_quant.decoder_layer_static_cache.default(
+            x, held.keys, held.values, position, cosine, sine, mask, operands.weights, *numbers, activation
+        )
+        if not isinstance(held, HeldCache):  # whose graph counts the tokens itself
+            position.add_(length)
+        return out
+    if held.keys is None or not held.keys.numel():
+        empty = constants["empty"]
+        keys = values = empty if x.shape[0] == 1 else empty.expand(x.shape[0], -1, -1, -1)
+    else:
+        keys, values = held.keys, held.values
+    if not layer.takes_mask(mask, x.shape[0], length, keys.shape[2] + length):
+        return NotImplemented
+    out, held.keys, held.values = torch.ops.mono_quant.decoder_layer.default(
+        x, keys, values, cosine, sine, mask, operands.weights, *numbers, activation
+    )
+    return out
 
 
 def _asks_for_more(kwargs: dict[str, Any]) -> bool:

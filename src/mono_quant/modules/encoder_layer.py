@@ -71,6 +71,10 @@ class EncoderLayout(LayerLayout):
         x, mask = _hidden_states_and_mask(args, kwargs)
         if x is None or not layer.takes(x) or not layer.takes_mask(mask, x.shape[0], x.shape[1], x.shape[1]):
             return NotImplemented
+        if torch.compiler.is_compiling():
+            if not layer.is_compiled_whole():
+                return NotImplemented
+            return torch.ops.mono_quant.fused_encoder_layer.default(layer.number, x, mask)
         operands = layer.operands()
         if operands is None or x.shape[2] != operands.linears[0].in_features or layer.needs_its_parts(operands):
             return NotImplemented

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mono_quant.core.layer_scheme import INT8_DYNAMIC
+from mono_quant.modules.compiled_layer import number_layer
 from mono_quant.modules.fusion import FusedActivation
 from mono_quant.modules.layer_operands import Operands, gather
 from mono_quant.modules.linear import QuantizedLinear
@@ -96,6 +97,7 @@ class FusedLayer(nn.Module):
 
     float_type: type[nn.Module]
     layout: LayerLayout
+    number: int  # by which compiled graphs call the layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training and get_backend() == "native":
@@ -107,6 +109,7 @@ class FusedLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self.__dict__.copy()
         state.pop(_CACHE, None)
+        state.pop("number", None)
         return _new_layer, (self.float_type,), state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -120,13 +123,6 @@ class FusedLayer(nn.Module):
 
         ``None`` where the layer has become one that no operator computes.
         """
-        if torch.compiler.is_compiling():
-            # The compiler itself sees to it that what is read here is still so in later calls.
-            reason = why_not_fused(self)
-            if reason is None:
-                return gather(self, self.layout.linears, self.layout.norms, self.layout.constants(self))
-            self.report(reason)
-            return None
         found: Operands | None = self.__dict__.get(_CACHE)
         if found is None or not found.are_current():
             self.__dict__.pop(_CACHE, None)
@@ -152,10 +148,17 @@ class FusedLayer(nn.Module):
             return False
         return torch.compiler.is_compiling() or not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
+    def is_compiled_whole(self) -> bool:
+        """Say whether a graph that is being compiled can call this layer, see :mod:`.compiled_layer`."""
+        if torch.is_grad_enabled():
+            self.report(_GRADIENTS)
+            return False
+        return not torch.compiler._is_exporting_flag
+
     def needs_its_parts(self, operands: Operands) -> bool:
         """Say whether the modules inside have to be called: for hooks, training (of dropout) or gradients."""
-        for _, _, module, state in operands.places:
-            if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["training"] or "forward" in state:
+        if operands.may_want_to_be_called():
+            for module in operands.modules:
                 reason = _want_of(module)
                 if reason is not None:
                     self.report(f"a {type(module).__name__} in it {reason}")
@@ -216,6 +219,7 @@ def _are_idle(hooks: Mapping[int, Callable[..., Any]]) -> bool:
 def _new_layer(float_type: type[nn.Module]) -> nn.Module:
     kind = _fused_class(float_type)
     layer: nn.Module = kind.__new__(kind)
+    layer.__dict__["number"] = number_layer(layer)
     return layer
 
 
@@ -252,6 +256,7 @@ def fuse_layers(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if is_fusible_type(module) and why_not_fused(module) is None:
             module.__class__ = _fused_class(type(module))
+            module.__dict__["number"] = number_layer(module)
             fused.append(name)
     return fused
 
@@ -270,6 +275,7 @@ def restore_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FusedLayer):
             module.__dict__.pop(_CACHE, None)
+            module.__dict__.pop("number", None)
             module.__class__ = module.float_type  # type: ignore[assignment]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_, itemgetter
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,40 +16,69 @@ from mono_quant.modules.linear import QuantizedLinear
 _NO_ZERO_POINTS: Final = torch.empty(0, dtype=torch.int8)
 
 
+_BUFFERS: Final = attrgetter("_buffers")
+_PARAMETERS: Final = attrgetter("_parameters")
+# Behind the last of what is compared: if there are more or fewer than were known, it meets something else.
+_END: Final = (object(),)
+_FLAGS: Final = tuple(itemgetter(name) for name in ("training", "_forward_hooks", "_forward_pre_hooks"))
+
+
 @dataclass(frozen=True)
 class Operands:
     """The weights of an operator, and by what to tell whether they are still the layer's.
 
+    That is asked at every call, of some eighty objects, right after weights have gone through the caches: so the loops
+    are those of the interpreter, not written out.
+
     Attributes:
-        places: All modules inside the layer: the dict that holds each, its name there, itself and its attributes.
+        modules: All modules inside the layer.
         linears, norms: Those that the operator computes, in its order.
         weights: For each linear layer tiles, column sums, scales, bias and zero points (empty for a symmetric weight);
             then the parameters of the norms.
         constants: What the layout read from the layer.
     """
 
-    places: tuple[tuple[Mapping[str, nn.Module | None], str, nn.Module, Mapping[str, Any]], ...]
+    modules: tuple[nn.Module, ...]
     linears: tuple[QuantizedLinear, ...]
     norms: tuple[nn.Module, ...]
-    sources: tuple[tuple[Tensor | None, ...], ...]
     weights: list[Tensor]
     constants: Mapping[str, Any]
+    _children: tuple[Mapping[str, nn.Module | None], ...]
+    _states: tuple[Mapping[str, Any], ...]
+    _known: tuple[object, ...]
+
+    @classmethod
+    def of(
+        cls,
+        layer: nn.Module,
+        linears: tuple[QuantizedLinear, ...],
+        norms: tuple[nn.Module, ...],
+        weights: list[Tensor],
+        constants: Mapping[str, Any],
+    ) -> Self:
+        """Take note of what is in ``layer`` now."""
+        children = tuple(module._modules for module in layer.modules() if module._modules)
+        inside = tuple(layer.modules())[1:]
+        known = tuple(_contents(children, linears, norms))
+        states = tuple(module.__dict__ for module in inside)
+        return cls(inside, linears, norms, weights, constants, children, states, known)
 
     def are_current(self) -> bool:
         """Say whether no module and no tensor of the layer has been replaced since."""
-        for holder, name, module, _ in self.places:
-            if holder.get(name) is not module:
-                return False
-        for linear, (tiles, scale, bias, zero_point) in zip(self.linears, self.sources, strict=False):
-            buffers = linear._buffers
-            if buffers.get("packed_weight") is not tiles or buffers.get("weight_scale") is not scale:
-                return False
-            if buffers.get("bias") is not bias or buffers.get("weight_zero_point") is not zero_point:
-                return False
-        for norm, source in zip(self.norms, self.sources[len(self.linears) :], strict=True):
-            if any(found is not known for found, known in zip(norm._parameters.values(), source, strict=True)):
-                return False
-        return True
+        return all(map(is_, _contents(self._children, self.linears, self.norms), self._known))
+
+    def may_want_to_be_called(self) -> bool:
+        """Say whether a module inside is in training mode, or has hooks or a ``forward`` of its own."""
+        states = self._states
+        return any(any(map(flag, states)) for flag in _FLAGS) or any(map(contains, states, repeat("forward")))
+
+
+def _contents(
+    children: tuple[Mapping[str, nn.Module | None], ...], linears: tuple[nn.Module, ...], norms: tuple[nn.Module, ...]
+) -> Iterator[object]:
+    # Layers replace their dict of buffers when they pack or unpack their weight: it is read anew each time.
+    held = chain(children, map(_BUFFERS, linears), map(_PARAMETERS, norms))
+    return chain(chain.from_iterable(map(dict.values, held)), _END)
 
 
 def gather(
@@ -66,7 +97,6 @@ def gather(
     """
     linears = tuple(layer.get_submodule(name) for name in linear_names)
     norms = tuple(layer.get_submodule(name) for name in norm_names)
-    sources: list[tuple[Tensor | None, ...]] = []
     weights: list[Tensor] = []
     for linear in linears:
         assert isinstance(linear, QuantizedLinear)
@@ -76,19 +106,10 @@ def gather(
         buffers = linear._buffers
         scale, bias, zero_point = buffers["weight_scale"], buffers.get("bias"), buffers.get("weight_zero_point")
         assert scale is not None
-        sources.append((packed[0], scale, bias, zero_point))
         values = torch.zeros(linear.out_features) if bias is None else bias.float()
         zeros = _NO_ZERO_POINTS if zero_point is None else zero_point.reshape(-1)
         weights += [*packed, scale.reshape(-1), values, zeros]
     for norm in norms:
-        parameters = tuple(norm._parameters.values())
-        sources.append(parameters)
         # Themselves, not views of them: their data may be exchanged. Where this runs no gradients are recorded.
-        weights += [p for p in parameters if p is not None]
-    places = tuple(
-        (holder._modules, name, child, child.__dict__)
-        for holder in layer.modules()
-        for name, child in holder._modules.items()
-        if child is not None
-    )
-    return Operands(places, linears, norms, tuple(sources), weights, constants)  # type: ignore[arg-type]
+        weights += [p for p in norm._parameters.values() if p is not None]
+    return Operands.of(layer, linears, norms, weights, constants)  # type: ignore[arg-type]

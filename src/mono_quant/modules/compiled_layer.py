@@ -1,0 +1,152 @@
+"""Whole layers under ``torch.compile``: each is one operator that the compiler does not look into.
+
+A compiler that traced the tensors of a layer would guard each of them in every call: for a decoder of thirty layers that
+costs as much as half of its arithmetic. So the graph holds the number of the layer alone, and what the layer is when the
+graph runs decides what is computed, as without a compiler: changed weights, hooks or modules are seen.
+
+``torch.export`` keeps graphs for other processes, where numbers mean nothing; it gets the layers part by part.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Final
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library, register_fake
+
+from mono_quant.errors import ConfigurationError
+from mono_quant.ops.library import NAMESPACE
+
+_layers: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_numbers = itertools.count()
+
+_SCHEMAS: Final = {
+    "fused_encoder_layer": "(int layer, Tensor x, Tensor? mask) -> Tensor",
+    "fused_decoder_layer": "(int layer, Tensor x, Tensor? past_keys, Tensor? past_values, Tensor cosine, Tensor sine, "
+    "Tensor? mask, int key_heads) -> (Tensor, Tensor, Tensor)",
+    "fused_decoder_layer_static_cache": "(int layer, Tensor x, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
+    "Tensor cosine, Tensor sine, Tensor? mask) -> Tensor",
+}
+
+
+@dataclass
+class HeldCache:
+    """The keys and values of one layer, as tensors that a graph hands on; a cache as far as a layer needs one.
+
+    Attributes:
+        keys, values: ``[samples, heads, length, depth]``, or ``None`` before the first token.
+        cumulative_length: The number of tokens in them where they have room for more, else ``None``. Not changed: the
+            graph itself counts.
+    """
+
+    keys: Tensor | None
+    values: Tensor | None
+    cumulative_length: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of new tokens and answer all: called where the layer runs part by part."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+        elif self.cumulative_length is None:
+            self.keys, self.values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        else:
+            places = torch.arange(keys.shape[2]) + self.cumulative_length
+            self.keys.index_copy_(2, places, keys)
+            self.values.index_copy_(2, places, values)
+        return self.keys, self.values
+
+
+def number_layer(layer: nn.Module) -> int:
+    """Answer a number of its own for ``layer``, by which graphs call it for as long as it lives."""
+    number = next(_numbers)
+    _layers[number] = layer
+    return number
+
+
+def _layer_of(number: int) -> nn.Module:
+    layer = _layers.get(number)
+    if layer is None:
+        raise ConfigurationError(
+            "a compiled graph calls a layer that no longer exists",
+            suggestion="Keep the model for as long as what torch.compile made of it, or compile again.",
+        )
+    return layer
+
+
+def _forward(number: int, x: Tensor, **kwargs: Any) -> Tensor:
+    layer: Any = _layer_of(number)
+    # Not the layer itself: its hooks are part of the graph.
+    out: Tensor = type(layer).forward(layer, x, **kwargs)
+    return out.clone() if out is x else out
+
+
+def _encoder_layer(layer: int, x: Tensor, mask: Tensor | None) -> Tensor:
+    return _forward(layer, x, attention_mask=mask)
+
+
+def _decoder_layer(
+    layer: int,
+    x: Tensor,
+    past_keys: Tensor | None,
+    past_values: Tensor | None,
+    cosine: Tensor,
+    sine: Tensor,
+    mask: Tensor | None,
+    key_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    cache = HeldCache(past_keys, past_values)
+    out = _forward(layer, x, attention_mask=mask, position_embeddings=(cosine, sine), past_key_values=cache)
+    assert cache.keys is not None
+    assert cache.values is not None
+    # In one layout, whoever computed them: the compiler was told which.
+    return out, cache.keys.contiguous(), cache.values.contiguous()
+
+
+def _decoder_layer_static_cache(
+    layer: int,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    cache = HeldCache(keys, values, position)
+    return _forward(layer, x, attention_mask=mask, position_embeddings=(cosine, sine), past_key_values=cache)
+
+
+def _same_shape(layer: int, x: Tensor, *_: object, **__: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _decoder_layer_shape(
+    layer: int,
+    x: Tensor,
+    past_keys: Tensor | None,
+    past_values: Tensor | None,
+    cosine: Tensor,
+    sine: Tensor,
+    mask: Tensor | None,
+    key_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    past = 0 if past_keys is None else past_keys.shape[2]
+    grown = (x.shape[0], key_heads, past + x.shape[1], cosine.shape[-1])
+    return _same_shape(layer, x), x.new_empty(grown), x.new_empty(grown)
+
+
+_IMPLEMENTATIONS: Final = {
+    "fused_encoder_layer": (_encoder_layer, _same_shape),
+    "fused_decoder_layer": (_decoder_layer, _decoder_layer_shape),
+    "fused_decoder_layer_static_cache": (_decoder_layer_static_cache, _same_shape),
+}
+
+_definitions = Library(NAMESPACE, "FRAGMENT")
+for _name, _schema in _SCHEMAS.items():
+    _definitions.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _definitions.impl(_name, _IMPLEMENTATIONS[_name][0], "CPU")
+    register_fake(f"{NAMESPACE}::{_name}", _IMPLEMENTATIONS[_name][1])
