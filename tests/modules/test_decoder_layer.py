@@ -26,7 +26,8 @@ from transformers import (
 
 import mono_quant
 from mono_quant import ops
-from mono_quant.modules import FusedLayer, fused_layer, restore_layers
+from mono_quant.errors import ConfigurationError
+from mono_quant.modules import FusedLayer, compiled_layer, fused_layer, restore_layers
 from mono_quant.ops import native
 from tests.ops.operands import same_bits
 
@@ -75,14 +76,19 @@ def words(samples: int = 2, length: int = 9) -> Tensor:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the calls of ``decoder_layer``."""
+    """Counts the calls of the operators of decoder layers."""
+
+    COUNTED = (
+        torch.ops.mono_quant.decoder_layer.default,
+        torch.ops.mono_quant.decoder_layer_static_cache.default,
+    )
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += func is torch.ops.mono_quant.decoder_layer.default
+        self.calls += func in self.COUNTED
         return func(*args, **kwargs or {})
 
 
@@ -91,6 +97,26 @@ def logits(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
     with torch.no_grad(), Counter() as counter:
         answer: Tensor = model(*args, **kwargs).logits
     return answer, counter.calls
+
+
+def compiled_logits(compiled: Any, *args: Any, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        answer: Tensor = compiled(*args, **kwargs).logits
+    return answer
+
+
+@pytest.fixture
+def graph_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the layers that compiled graphs call. Compiled code cannot run under a :class:`Counter`."""
+    calls: list[int] = []
+    layer_of = compiled_layer._layer_of
+
+    def counted(number: int) -> Any:
+        calls.append(number)
+        return layer_of(number)
+
+    monkeypatch.setattr(compiled_layer, "_layer_of", counted)
+    return calls
 
 
 def close(first: Tensor, second: Tensor) -> bool:
@@ -153,17 +179,39 @@ class TestCache:
         assert torch.equal(kept, before)
         assert close(step[:, -1], logits(model, ids)[0][:, 6])
 
+    def test_a_static_cache_is_written_in_place(self, model: Any) -> None:
+        ids, cache = words(), StaticCache(model.config, max_cache_len=32)
+        whole, _ = logits(model, ids)
+        first, calls = logits(model, ids[:, :6], past_key_values=cache, use_cache=True)
+        assert calls == 2
+        assert close(first, whole[:, :6])
+        places = [layer.keys.data_ptr() for layer in cache.layers]
+        for at in range(6, ids.shape[1]):
+            answer, calls = logits(model, ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            assert calls == 2
+            assert close(answer[:, -1], whole[:, at])
+        assert [layer.keys.data_ptr() for layer in cache.layers] == places
+        assert [int(layer.cumulative_length) for layer in cache.layers] == [ids.shape[1]] * 2
+
+    def test_a_static_cache_that_is_full_says_so(self, model: Any) -> None:
+        cache = StaticCache(model.config, max_cache_len=4)
+        mask = torch.ones(1, 1, 9, 4, dtype=torch.bool)
+        with pytest.raises(RuntimeError, match="a cache for 4 tokens got 9 at position 0"):
+            logits(model, words(), past_key_values=cache, attention_mask=mask, use_cache=True)
+
     def test_a_cache_of_another_kind_serves_the_parts_and_that_is_said_once(
         self, model: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
+        class OtherCache(DynamicCache):
+            pass
+
         fused_layer._reported.clear()
-        cache = StaticCache(model.config, max_cache_len=32)
         with caplog.at_level(logging.WARNING, "mono_quant"):
-            answer, calls = logits(model, words(), past_key_values=cache, use_cache=True)
-            logits(model, words(), past_key_values=cache, use_cache=True)
+            answer, calls = logits(model, words(), past_key_values=OtherCache(), use_cache=True)
+            logits(model, words(), past_key_values=OtherCache(), use_cache=True)
         assert calls == 0
         assert close(answer, logits(model, words())[0])
-        assert sum("StaticCache" in record.message for record in caplog.records) == 1
+        assert sum("OtherCache" in record.message for record in caplog.records) == 1
 
 
 class TestTheParts:
@@ -200,11 +248,58 @@ class TestTheParts:
             answer = model(words(), output_hidden_states=True)
         assert len(answer.hidden_states) == 3
 
-    def test_compile_as_they_did(self, model: Any) -> None:
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        with torch.no_grad():
-            answer = compiled(words(), use_cache=False).logits
-        assert close(answer, logits(model, words())[0])
+
+class TestCompiled:
+    def test_layers_run_whole(self, model: Any, graph_calls: list[int]) -> None:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for cache in (None, DynamicCache()):
+            answer = compiled_logits(compiled, words(), past_key_values=cache, use_cache=cache is not None)
+            assert same_bits(answer, logits(model, words())[0])
+        assert graph_calls == [layer.number for layer in model.model.layers] * 2
+
+    def test_a_static_cache_is_written_in_place(self, model: Any, graph_calls: list[int]) -> None:
+        ids, cache = words(), StaticCache(model.config, max_cache_len=32)
+        whole, _ = logits(model, ids)
+        logits(model, ids[:, :6], past_key_values=cache, use_cache=True)
+        places = [layer.keys.data_ptr() for layer in cache.layers]
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for at in range(6, ids.shape[1]):
+            answer = compiled_logits(compiled, ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            assert close(answer[:, -1], whole[:, at])
+        assert len(graph_calls) == 2 * (ids.shape[1] - 6)
+        assert [layer.keys.data_ptr() for layer in cache.layers] == places
+        assert [int(layer.cumulative_length) for layer in cache.layers] == [ids.shape[1]] * 2
+
+    def test_what_changes_in_a_layer_later_is_seen(self, model: Any, graph_calls: list[int]) -> None:
+        ids = words()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled_logits(compiled, ids)
+        other = quantized(build())
+        for layer, source in zip(model.model.layers, other.model.layers, strict=True):
+            layer.load_state_dict(source.state_dict())
+        wanted, _ = logits(model, ids)
+        assert close(compiled_logits(compiled, ids), wanted)
+        seen: list[object] = []
+        model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+        assert close(compiled_logits(compiled, ids), wanted)
+        assert seen
+        cache = StaticCache(model.config, max_cache_len=32)
+        logits(model, ids[:, :8], past_key_values=cache, use_cache=True)
+        answer = compiled_logits(compiled, ids[:, 8:], past_key_values=cache, use_cache=True)
+        assert close(answer[:, -1], wanted[:, 8])
+        assert graph_calls
+
+    def test_copies_call_their_own_layers(self, model: Any, graph_calls: list[int]) -> None:
+        twin = copy.deepcopy(model)
+        numbers = [layer.number for m in (model, twin) for layer in m.model.layers]
+        assert len(set(numbers)) == 4
+        compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+        assert same_bits(compiled_logits(compiled, words()), logits(twin, words())[0])
+        assert graph_calls == numbers[2:]
+
+    def test_a_layer_that_is_gone_is_named_as_the_reason(self) -> None:
+        with pytest.raises(ConfigurationError, match="no longer exists"):
+            compiled_layer._layer_of(-1)
 
 
 class TestWhichLayers:

@@ -70,6 +70,11 @@ def decoder(shape: tuple[int, int], past: int, mask: Tensor | None = None, causa
     )  # fmt: skip
 
 
+def static_decoder(shape: tuple[int, int], position: int, mask: Tensor | None = None) -> tuple[Any, ...]:
+    x, keys, values, *others = decoder(shape, past=11, causal=mask is None)
+    return x, keys, values, torch.tensor(position), *others[:2], mask, *others[3:]
+
+
 def chain_arguments(batch: int) -> tuple[Any, ...]:
     case = chain(batch)
     return case.inputs, case.constants, case.program
@@ -134,6 +139,11 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: decoder((2, 5), past=0),
         lambda: decoder((1, 1), past=7, causal=False),
         lambda: decoder((2, 3), past=4, mask=torch.ones(2, 1, 3, 7, dtype=torch.bool), causal=False),
+    ],
+    "decoder_layer_static_cache": [
+        lambda: static_decoder((2, 5), 0),
+        lambda: static_decoder((1, 1), 7, torch.arange(11)[None, None, None] < 8),
+        lambda: static_decoder((2, 3), 4, torch.ones(11, 11).tril()[None, None, 4:7] > 0),
     ],
     "run_codes": [
         lambda: chain_arguments(1),

@@ -1,8 +1,8 @@
 """Whole layers under ``torch.compile``: each is one operator that the compiler does not look into.
 
-A compiler that traced the tensors of a layer would guard each of them in every call: for a decoder of thirty layers that
-costs as much as half of its arithmetic. So the graph holds the number of the layer alone, and what the layer is when the
-graph runs decides what is computed, as without a compiler: changed weights, hooks or modules are seen.
+A compiler that traced the tensors of a layer would guard each of them in every call, some five hundred guards for each
+layer of a decoder. So the graph holds the number of the layer alone, and what the layer is when the graph runs decides
+what is computed, as without a compiler: changed weights, hooks or modules are seen.
 
 ``torch.export`` keeps graphs for other processes, where numbers mean nothing; it gets the layers part by part.
 """
@@ -10,6 +10,7 @@ graph runs decides what is computed, as without a compiler: changed weights, hoo
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakValueDictionary
@@ -139,7 +140,7 @@ def _decoder_layer_shape(
     return _same_shape(layer, x), x.new_empty(grown), x.new_empty(grown)
 
 
-_IMPLEMENTATIONS: Final = {
+_IMPLEMENTATIONS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "fused_encoder_layer": (_encoder_layer, _same_shape),
     "fused_decoder_layer": (_decoder_layer, _decoder_layer_shape),
     "fused_decoder_layer_static_cache": (_decoder_layer_static_cache, _same_shape),

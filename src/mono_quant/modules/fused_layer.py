@@ -196,7 +196,7 @@ class FusedLayer(nn.Module):
 _reported: set[str] = set()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _report_once(message: str) -> None:
     if message not in _reported:
         _reported.add(message)

@@ -1,5 +1,4 @@
-"""What one layer of a decoder of the Llama family answers: the specification of ``decoder_layer``, for both kinds of cache, and
-the shapes of its answers."""
+"""What one layer of a decoder of the Llama family answers, with either kind of cache: specification and shapes."""
 
 from __future__ import annotations
 
