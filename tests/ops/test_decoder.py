@@ -84,6 +84,21 @@ class Decoder:
         )  # fmt: skip
         return answer
 
+    def run_static(
+        self, inputs: tuple[Tensor, ...], room: int, mask: Tensor | None = None, causal: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Answer what :meth:`run` does, in a cache that has ``room`` for more than the tokens of ``x``."""
+        x, past_keys, past_values, *angles = inputs
+        past = past_keys.shape[2]
+        samples, heads, _, depth = past_keys.shape
+        keys, values = torch.full((2, samples, heads, past + x.shape[1] + room, depth), 7.0)
+        keys[:, :, :past], values[:, :, :past] = past_keys, past_values
+        out: Tensor = OPS.decoder_layer_static_cache(
+            x, keys, values, torch.tensor(past), *angles, mask, self.weights, self.key_heads * self.group,
+            self.depth**-0.5, 1e-5, 1e-6, causal, self.activation,
+        )  # fmt: skip
+        return out, keys, values
+
 
 def rows_agree(answer: Tensor, wanted: Tensor) -> bool:
     """Whether rows are equal up to rounding, but for codes that rounding flips.
@@ -150,6 +165,31 @@ class TestEveryInstructionSet:
         assert rows_agree(keys, wanted[1])
         assert rows_agree(values, wanted[2])
         assert rows_agree(answer, wanted[0])
+
+    @given(case=cases(), room=st.sampled_from((0, 1, 40)))
+    def test_a_static_cache_holds_what_one_that_grows_does(self, case: Case, room: int) -> None:
+        whole, mask = case.sizes[1] + case.sizes[2], case.mask
+        if mask is not None and room:
+            hidden = torch.zeros((*mask.shape[:3], room), dtype=torch.bool)
+            rest = hidden if mask.dtype == torch.bool else torch.where(hidden, 0.0, -torch.inf)
+            mask = torch.cat([mask, rest], -1)
+        out, keys, values = case.decoder.run_static(case.inputs, room, mask, case.causal)
+        wanted = case.run()
+        assert same_bits(out, wanted[0])
+        assert same_bits(keys[:, :, :whole].contiguous(), wanted[1])
+        assert same_bits(values[:, :, :whole].contiguous(), wanted[2])
+        assert bool((keys[:, :, whole:] == 7).all())
+        assert bool((values[:, :, whole:] == 7).all())
+
+    def test_a_mask_may_show_places_behind_the_last_token(self) -> None:
+        decoder = Decoder.random()
+        inputs, mask = decoder.inputs(2, 1, 4), torch.ones(2, 1, 1, 9, dtype=torch.bool)
+        mask[..., 7:] = False
+        answer = decoder.run_static(inputs, 4, mask, causal=False)[0]
+        with ops.use_backend("reference"):
+            wanted = decoder.run_static(inputs, 4, mask, causal=False)[0]
+        assert rows_agree(answer, wanted)
+        assert not torch.equal(answer, decoder.run_static(inputs, 4, mask & (torch.arange(9) < 5), causal=False)[0])
 
     def test_tokens_one_by_one_are_those_of_one_call(self) -> None:
         decoder = Decoder.random()
@@ -219,3 +259,17 @@ def test_sizes_that_do_not_fit_are_refused(change: str) -> None:
         decoder.group = 0
     with pytest.raises(REFUSED):
         decoder.run((x, keys, values, cosine, sine), mask)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("position", [-1, 5])
+def test_a_static_cache_without_room_is_refused(position: int) -> None:
+    decoder = Decoder.random()
+    x, keys, values, cosine, sine = decoder.inputs(2, 3, 7)
+    before = keys.clone()
+    with pytest.raises(REFUSED, match=f"a cache for 7 tokens got 3 at position {position}"):
+        OPS.decoder_layer_static_cache(
+            x, keys, values, torch.tensor(position), cosine, sine, None, decoder.weights, 6, 0.2, 1e-5, 1e-6, True,
+            "silu",
+        )  # fmt: skip
+    assert same_bits(keys, before)
