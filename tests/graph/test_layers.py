@@ -43,6 +43,7 @@ from mono_quant.graph.layers.spatial import (
     Pad,
     PadSpec,
 )
+from mono_quant.ops.torch_cpu import integer_products_are_exact
 
 SCALES = st.floats(1e-3, 1.0).map(lambda value: float(torch.tensor(value)))
 QPARAMS = st.builds(QParams, SCALES, st.sampled_from([0, 1, 37, 128, 255]))
@@ -142,7 +143,8 @@ def test_layers_obey_the_choice_of_backend(backend: str) -> None:
     layer = QuantizedConvolution(spec, torch.ones(4, 4, 3, 3, dtype=torch.int8), torch.full((4,), 0.1))
     with ops.use_backend(backend):
         layer(torch.zeros(1, 4, 5, 5, dtype=torch.uint8))
-    assert ("packed_weight" in dict(layer.named_buffers())) == (backend == "torch")
+    packs = backend == "torch" and integer_products_are_exact()
+    assert ("packed_weight" in dict(layer.named_buffers())) == packs
 
 
 def packed_layers() -> list[tuple[Any, Tensor]]:
@@ -163,7 +165,9 @@ def test_a_weight_is_held_once_and_reads_as_it_was(index: int) -> None:
     layer, x = packed_layers()[index]
     weight = layer.codes.clone()
     expected = layer(x)
-    assert "weight" not in dict(layer.named_buffers()), "packed and plain weight side by side"
+    held = dict(layer.named_buffers()).keys() & {"weight", "packed_weight"}
+    # Where oneDNN's products may saturate, nothing is packed for it.
+    assert held == {"packed_weight" if integer_products_are_exact() else "weight"}
     assert torch.equal(layer.codes, weight)
     assert torch.equal(layer.state_dict()["weight"], weight)
     assert "packed_weight" not in layer.state_dict()
