@@ -29,6 +29,13 @@ inline PackedLayer take_layer(std::vector<Tensor>& tensors, int64_t at, int64_t 
           asymmetric ? t[4].data<int8_t>() : nullptr, t[3].data<float>(), inputs, n, activation};
 }
 
+// Whether the elements of a mask are bool (true is seen); else they are float32 (added).
+inline bool is_boolean_mask(const Tensor& mask) {
+  const bool boolean = mask.dtype() == aoti_torch_dtype_bool();
+  check(boolean || mask.dtype() == aoti_torch_dtype_float32(), "the mask must be bool or float32");
+  return boolean;
+}
+
 // A mask [samples or 1, 1, queries or 1, all keys] of bool or float32 as floats to add: the first `keys` of each row,
 // padded for whole vectors.
 inline std::vector<float> additive_mask(const Tensor& mask, int64_t samples, int64_t queries, int64_t all_keys,
@@ -36,8 +43,7 @@ inline std::vector<float> additive_mask(const Tensor& mask, int64_t samples, int
   const bool fits = mask.dim() == 4 && (mask.size(0) == samples || mask.size(0) == 1) && mask.size(1) == 1 &&
                     (mask.size(2) == queries || mask.size(2) == 1) && mask.size(3) == all_keys;
   check(fits, "the mask must be [samples, 1, queries, keys]");
-  const bool boolean = mask.dtype() == aoti_torch_dtype_bool();
-  check(boolean || mask.dtype() == aoti_torch_dtype_float32(), "the mask must be bool or float32");
+  const bool boolean = is_boolean_mask(mask);
   *rows = mask.size(2) == 1 || mask.stride(2) == 0 ? 1 : queries;
   const int64_t columns = round_up(keys, kMaskColumns), step = mask.size(0) == 1 ? 0 : mask.stride(0);
   std::vector<float> values((size_t)(samples * *rows * columns));

@@ -51,26 +51,27 @@ struct Call {
   Tensor x, keys, values, cosine, sine, mask;
   std::vector<Tensor> weights;
   std::vector<float> mask_values;
+  Activation activation = kNone;
   DecoderArgs a = {};
 };
 
-// From the angles on, arguments are the same: cosine, sine, mask, weights, heads, scale, attention_eps, output_eps,
-// causal, activation. The numbers are taken first: the sizes of the weights depend on them.
-Activation take_operands(StableIValue* stack, Call* c) {
-  c->cosine = take_tensor(stack[0]);
-  c->sine = take_tensor(stack[1]);
-  c->mask = take_optional_tensor(stack[2]);
-  c->weights = take_tensors(stack[3]);
-  c->a.heads = take_int(stack[4]);
-  c->a.scale = (float)take_float(stack[5]);
-  c->a.attention_eps = (float)take_float(stack[6]);
-  c->a.output_eps = (float)take_float(stack[7]);
-  c->a.causal = take_bool(stack[8]);
-  return activation_from(take_string(stack[9]));
-}
-
-void check_sizes(Call* c) {
+// Both begin with x, keys and values; from the angles at `rest` on, they go on with cosine, sine, mask, weights, heads,
+// scale, attention_eps, output_eps, causal and activation.
+void take_operands(StableIValue* stack, StableIValue* rest, Call* c) {
+  c->x = take_tensor(stack[0]);
+  c->keys = take_tensor(stack[1]);
+  c->values = take_tensor(stack[2]);
+  c->cosine = take_tensor(rest[0]);
+  c->sine = take_tensor(rest[1]);
+  c->mask = take_optional_tensor(rest[2]);
+  c->weights = take_tensors(rest[3]);
   DecoderArgs& a = c->a;
+  a.heads = take_int(rest[4]);
+  a.scale = (float)take_float(rest[5]);
+  a.attention_eps = (float)take_float(rest[6]);
+  a.output_eps = (float)take_float(rest[7]);
+  a.causal = take_bool(rest[8]);
+  c->activation = activation_from(take_string(rest[9]));
   Tensor &x = c->x, &keys = c->keys, &values = c->values;
   check(x.dim() == 3 && x.dtype() == aoti_torch_dtype_float32(), "decoder_layer takes float32 [samples, length, width]");
   check(keys.dim() == 4 && values.dim() == 4, "keys and values must have four dimensions");
@@ -85,12 +86,12 @@ void check_sizes(Call* c) {
   check(values.size(2) == keys.size(2), "keys and values have different lengths");
 }
 
-void take_angles_and_weights(Call* c, Activation activation) {
+void take_angles_and_weights(Call* c) {
   int64_t sine_stride = 0;
   c->a.cosine = take_angles(c->cosine, c->a, &c->a.angle_stride);
   c->a.sine = take_angles(c->sine, c->a, &sine_stride);
   check(sine_stride == c->a.angle_stride, "cosine and sine have different shapes");
-  take_weights(c->weights, activation, &c->a);
+  take_weights(c->weights, c->activation, &c->a);
 }
 
 // Of a mask [.., capacity], as many columns as are attended to.
@@ -106,7 +107,7 @@ Tensor run(Call* c) {
     c->a.x = c->x.data<float>();
     c->a.out = out.mutable_data<float>();
     DecoderRun(c->a).run();
-  } else if (c->a.samples > 0) {
+  } else if (c->a.samples > 0 && c->a.seen > 0) {
     fail("decoder_layer got no tokens");
   }
   return out;
@@ -118,11 +119,7 @@ Tensor run(Call* c) {
 
 void decoder_layer(StableIValue* stack, uint64_t, uint64_t) {
   Call c;
-  c.x = take_tensor(stack[0]);
-  c.keys = take_tensor(stack[1]);
-  c.values = take_tensor(stack[2]);
-  const Activation activation = take_operands(stack + 3, &c);
-  check_sizes(&c);
+  take_operands(stack, stack + 3, &c);
   DecoderArgs& a = c.a;
   a.past = c.keys.size(2);
   a.seen = a.past + a.length;
@@ -136,7 +133,7 @@ void decoder_layer(StableIValue* stack, uint64_t, uint64_t) {
   }
   a.past_sample_stride = c.keys.stride(0);
   a.past_head_stride = c.keys.stride(1);
-  take_angles_and_weights(&c, activation);
+  take_angles_and_weights(&c);
   take_mask(&c, a.seen);
   Tensor keys = Tensor::empty({a.samples, a.key_heads, a.seen, a.depth}, aoti_torch_dtype_float32());
   Tensor values = Tensor::empty({a.samples, a.key_heads, a.seen, a.depth}, aoti_torch_dtype_float32());
@@ -162,14 +159,15 @@ float* take_cache(const Tensor& t, const DecoderArgs& a) {
 // The number of keys up to the last that a row of the mask [.., capacity] shows, at least `keys`.
 int64_t last_seen(const Tensor& mask, int64_t keys) {
   if (mask.dim() != 4) return keys;
-  const bool boolean = mask.dtype() == aoti_torch_dtype_bool();
-  check(boolean || mask.dtype() == aoti_torch_dtype_float32(), "the mask must be bool or float32");
+  const bool boolean = is_boolean_mask(mask);
+  const bool* shown = boolean ? mask.data<bool>() : nullptr;
+  const float* added = boolean ? nullptr : mask.data<float>();
   for (int64_t s = 0; s < mask.size(0); ++s) {
     for (int64_t r = 0; r < mask.size(2); ++r) {
       const int64_t row = s * mask.stride(0) + r * mask.stride(2);
       for (int64_t i = mask.size(3); i-- > keys;) {
         const int64_t at = row + i * mask.stride(3);
-        if (boolean ? mask.data<bool>()[at] : mask.data<float>()[at] != -__builtin_inff()) keys = i + 1;
+        if (boolean ? shown[at] : added[at] != -__builtin_inff()) keys = i + 1;
       }
     }
   }
@@ -182,12 +180,8 @@ int64_t last_seen(const Tensor& mask, int64_t keys) {
 
 void decoder_layer_static_cache(StableIValue* stack, uint64_t, uint64_t) {
   Call c;
-  c.x = take_tensor(stack[0]);
-  c.keys = take_tensor(stack[1]);
-  c.values = take_tensor(stack[2]);
   const Tensor position = take_tensor(stack[3]);
-  const Activation activation = take_operands(stack + 4, &c);
-  check_sizes(&c);
+  take_operands(stack, stack + 4, &c);
   DecoderArgs& a = c.a;
   const int64_t capacity = c.keys.size(2);
   check(position.numel() == 1 && position.dtype() == aoti_torch_dtype_int64(), "the position must be one int64");
@@ -204,7 +198,7 @@ void decoder_layer_static_cache(StableIValue* stack, uint64_t, uint64_t) {
   a.head_stride = c.keys.stride(1);
   a.seen = a.past + a.length;
   if (c.mask && !a.causal) a.seen = last_seen(c.mask, a.seen);
-  take_angles_and_weights(&c, activation);
+  take_angles_and_weights(&c);
   take_mask(&c, capacity);
   stack[0] = run(&c).release();
 }

@@ -297,6 +297,18 @@ class TestCompiled:
         assert same_bits(compiled_logits(compiled, words()), logits(twin, words())[0])
         assert graph_calls == numbers[2:]
 
+    @pytest.mark.filterwarnings("ignore:mono_quant..linear_dynamic:UserWarning")
+    def test_with_gradients_they_run_part_by_part(
+        self, model: Any, graph_calls: list[int], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        fused_layer._reported.clear()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with caplog.at_level(logging.WARNING, "mono_quant"):
+            answer = compiled(words(), use_cache=False).logits.detach()
+        assert not graph_calls
+        assert sum("gradients are recorded" in record.message for record in caplog.records) == 1
+        assert close(answer, logits(model, words())[0])
+
     def test_a_layer_that_is_gone_is_named_as_the_reason(self) -> None:
         with pytest.raises(ConfigurationError, match="no longer exists"):
             compiled_layer._layer_of(-1)

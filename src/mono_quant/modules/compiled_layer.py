@@ -20,18 +20,11 @@ from torch import Tensor, nn
 from torch.library import Library, register_fake
 
 from mono_quant.errors import ConfigurationError
-from mono_quant.ops.library import NAMESPACE
+from mono_quant.ops.encoder_reference import hidden_states_shape
+from mono_quant.ops.library import NAMESPACE, TAGS
 
 _layers: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 _numbers = itertools.count()
-
-_SCHEMAS: Final = {
-    "fused_encoder_layer": "(int layer, Tensor x, Tensor? mask) -> Tensor",
-    "fused_decoder_layer": "(int layer, Tensor x, Tensor? past_keys, Tensor? past_values, Tensor cosine, Tensor sine, "
-    "Tensor? mask, int key_heads) -> (Tensor, Tensor, Tensor)",
-    "fused_decoder_layer_static_cache": "(int layer, Tensor x, Tensor(a!) keys, Tensor(b!) values, Tensor position, "
-    "Tensor cosine, Tensor sine, Tensor? mask) -> Tensor",
-}
 
 
 @dataclass
@@ -122,7 +115,7 @@ def _decoder_layer_static_cache(
 
 
 def _same_shape(layer: int, x: Tensor, *_: object, **__: object) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return hidden_states_shape(x)
 
 
 def _decoder_layer_shape(
@@ -137,17 +130,28 @@ def _decoder_layer_shape(
 ) -> tuple[Tensor, Tensor, Tensor]:
     past = 0 if past_keys is None else past_keys.shape[2]
     grown = (x.shape[0], key_heads, past + x.shape[1], cosine.shape[-1])
-    return _same_shape(layer, x), x.new_empty(grown), x.new_empty(grown)
+    return hidden_states_shape(x), x.new_empty(grown), x.new_empty(grown)
 
 
-_IMPLEMENTATIONS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
-    "fused_encoder_layer": (_encoder_layer, _same_shape),
-    "fused_decoder_layer": (_decoder_layer, _decoder_layer_shape),
-    "fused_decoder_layer_static_cache": (_decoder_layer_static_cache, _same_shape),
+# For each operator its schema, what it does and the shapes of its answers.
+_OPERATORS: Final[dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]]] = {
+    "fused_encoder_layer": ("(int layer, Tensor x, Tensor? mask) -> Tensor", _encoder_layer, _same_shape),
+    "fused_decoder_layer": (
+        "(int layer, Tensor x, Tensor? past_keys, Tensor? past_values, Tensor cosine, Tensor sine, Tensor? mask, "
+        "int key_heads) -> (Tensor, Tensor, Tensor)",
+        _decoder_layer,
+        _decoder_layer_shape,
+    ),
+    "fused_decoder_layer_static_cache": (
+        "(int layer, Tensor x, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor cosine, Tensor sine, "
+        "Tensor? mask) -> Tensor",
+        _decoder_layer_static_cache,
+        _same_shape,
+    ),
 }
 
 _definitions = Library(NAMESPACE, "FRAGMENT")
-for _name, _schema in _SCHEMAS.items():
-    _definitions.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _definitions.impl(_name, _IMPLEMENTATIONS[_name][0], "CPU")
-    register_fake(f"{NAMESPACE}::{_name}", _IMPLEMENTATIONS[_name][1])
+for _name, (_schema, _implementation, _shape) in _OPERATORS.items():
+    _definitions.define(_name + _schema, tags=TAGS)
+    _definitions.impl(_name, _implementation, "CPU")
+    register_fake(f"{NAMESPACE}::{_name}", _shape)

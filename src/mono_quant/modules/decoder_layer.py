@@ -1,4 +1,4 @@
-"""Decoder layers of the Llama family as one operator: rotary positions, a growing cache, a gated feed-forward part."""
+"""Decoder layers of the Llama family as one operator: rotary positions, a cache, a gated feed-forward part."""
 
 from __future__ import annotations
 
@@ -143,8 +143,7 @@ class DecoderLayout(LayerLayout):
             )
             held.cumulative_length.add_(x.shape[1])
             return out
-        nothing = held.keys is None or not held.keys.numel()
-        past = (None, None) if nothing else (held.keys, held.values)
+        past = (None, None) if _is_empty(held) else (held.keys, held.values)
         out, held.keys, held.values = torch.ops.mono_quant.fused_decoder_layer.default(
             layer.number, x, *past, cosine, sine, mask, keys // size
         )
@@ -167,7 +166,7 @@ def _compute(layer: FusedLayer, operands: Operands, x: Tensor, angles: Any, mask
         if not isinstance(held, HeldCache):  # whose graph counts the tokens itself
             position.add_(length)
         return out
-    if held.keys is None or not held.keys.numel():
+    if _is_empty(held):
         empty = constants["empty"]
         keys = values = empty if x.shape[0] == 1 else empty.expand(x.shape[0], -1, -1, -1)
     else:
@@ -178,6 +177,10 @@ def _compute(layer: FusedLayer, operands: Operands, x: Tensor, angles: Any, mask
         x, keys, values, cosine, sine, mask, operands.weights, *numbers, activation
     )
     return out
+
+
+def _is_empty(held: Any) -> bool:
+    return held.keys is None or not held.keys.numel()
 
 
 def _asks_for_more(kwargs: dict[str, Any]) -> bool:

@@ -92,7 +92,7 @@ class FusedLayer(nn.Module):
     """What a layer becomes that runs as one operator: a subclass of this and of the layer's own class.
 
     Where an input or the layer's state does not allow it (training, gradients, hooks on modules inside, modules in
-    their places, other dtypes, another backend), ``forward`` is that of the layer's own class.
+    their places, other dtypes, ``torch.export``, another backend), ``forward`` is that of the layer's own class.
     """
 
     float_type: type[nn.Module]

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from mono_quant.modules.linear import QuantizedLinear
 
 _NO_ZERO_POINTS: Final = torch.empty(0, dtype=torch.int8)
-
-
 _BUFFERS: Final = attrgetter("_buffers")
 _PARAMETERS: Final = attrgetter("_parameters")
 # Behind the last of what is compared: if there are more or fewer than were known, it meets something else.

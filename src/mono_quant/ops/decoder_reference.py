@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.errors import InputError
-from mono_quant.ops.encoder_reference import TENSORS_EACH, attend
-from mono_quant.ops.reference import linear_dynamic_packed
+from mono_quant.ops.encoder_reference import TENSORS_EACH, attend, hidden_states_shape, linear_at
 
 #: The linear layers in the order in which ``weights`` holds them, see :mod:`mono_quant.ops.encoder_reference`. The
 #: weights of the norm before attention and of the norm before the feed-forward part follow.
@@ -54,19 +53,14 @@ def decoder_layer(
     Raises:
         InputError: The number of weights, or a size, does not fit.
     """
-    keys, values = past_keys, past_values
+    past, length = past_keys.shape[2], x.shape[1]
 
-    def grow(new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal keys, values
-        keys, values = torch.cat([past_keys, new_keys], dim=2), torch.cat([past_values, new_values], dim=2)
-        return keys, values
+    def grow(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
 
-    def seen(length: int) -> Tensor | None:
-        return _causal(mask, past_keys.shape[2], length, keys.shape[2]) if causal else mask
-
-    sizes = heads, past_keys.shape[1], past_keys.shape[3]
-    eps = attention_eps, output_eps
-    return _layer(x, grow, cosine, sine, seen, weights, sizes, scale, eps, activation), keys, values
+    seen = _causal(mask, past, length, past + length) if causal else mask
+    sizes, eps = (heads, past_keys.shape[1], past_keys.shape[3]), (attention_eps, output_eps)
+    return _layer(x, grow, cosine, sine, seen, weights, sizes, scale, eps, activation)
 
 
 def decoder_layer_static_cache(
@@ -108,18 +102,16 @@ def decoder_layer_static_cache(
             suggestion="Make it larger, or reset it.",
         )
 
+    attended = past + length if mask is None else capacity
+
     def grow(new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
         keys[:, :, past : past + length] = new_keys
         values[:, :, past : past + length] = new_values
-        if mask is not None:
-            return keys, values
-        return keys[:, :, : past + length], values[:, :, : past + length]
+        return keys[:, :, :attended], values[:, :, :attended]
 
-    def seen(length: int) -> Tensor | None:
-        return _causal(mask, past, length, past + length if mask is None else capacity) if causal else mask
-
+    seen = _causal(mask, past, length, attended) if causal else mask
     sizes, eps = (heads, keys.shape[1], keys.shape[3]), (attention_eps, output_eps)
-    return _layer(x, grow, cosine, sine, seen, weights, sizes, scale, eps, activation)
+    return _layer(x, grow, cosine, sine, seen, weights, sizes, scale, eps, activation)[0]
 
 
 def _layer(
@@ -127,14 +119,14 @@ def _layer(
     grow: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     cosine: Tensor,
     sine: Tensor,
-    seen: Callable[[int], Tensor | None],
+    seen: Tensor | None,
     weights: Sequence[Tensor],
     sizes: tuple[int, int, int],
     scale: float,
     eps: tuple[float, float],
     activation: str,
-) -> Tensor:
-    """Answer the layer's output; ``grow`` takes keys and values of ``x`` and answers all, ``seen`` masks them."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Answer the layer's output, and what ``grow`` makes of the keys and values of ``x``; ``seen`` is their mask."""
     heads, key_heads, depth = sizes
     if len(weights) != WEIGHTS:
         raise InputError(f"decoder_layer got {len(weights)} weights, expected {WEIGHTS}")
@@ -143,10 +135,7 @@ def _layer(
         raise InputError(f"{heads} heads over {key_heads} heads of keys of {depth} elements are no attention")
 
     def project(name: str, rows: Tensor, act: str = "none") -> Tensor:
-        at = LINEARS.index(name) * TENSORS_EACH
-        tiles, column_sum, weight_scale, bias, zero_point = weights[at : at + TENSORS_EACH]
-        zeros = zero_point.reshape(-1, 1) if zero_point.numel() else None
-        return linear_dynamic_packed(rows, tiles, column_sum, weight_scale, zeros, bias, weight_scale.numel(), act)
+        return linear_at(LINEARS.index(name), weights, rows, act)
 
     def split(rows: Tensor) -> Tensor:
         return rows.view(samples, length, rows.shape[-1] // depth, depth).transpose(1, 2)
@@ -155,10 +144,10 @@ def _layer(
     query = _rotate(split(project("query", normed)), cosine, sine)
     keys, values = grow(_rotate(split(project("key", normed)), cosine, sine), split(project("value", normed)))
     group = heads // key_heads
-    context = attend(query, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), seen(length), scale)
+    context = attend(query, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), seen, scale)
     hidden = x + project("output", context.transpose(1, 2).reshape(samples, length, heads * depth))
     normed = _norm(hidden, weights[-1], eps[1])
-    return hidden + project("down", project("gate", normed, activation) * project("up", normed))
+    return hidden + project("down", project("gate", normed, activation) * project("up", normed)), keys, values
 
 
 def _causal(mask: Tensor | None, past: int, queries: int, keys: int) -> Tensor:
@@ -180,10 +169,6 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def decoder_layer_shape(x: Tensor, past_keys: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor, Tensor]:
     samples, heads, past, depth = past_keys.shape
     grown = (samples, heads, past + x.shape[1], depth)
-    return (torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    return (hidden_states_shape(x),
             torch.empty(grown, dtype=x.dtype, device=x.device),
             torch.empty(grown, dtype=x.dtype, device=x.device))  # fmt: skip
-
-
-def decoder_layer_static_cache_shape(x: Tensor, *_: object, **__: object) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

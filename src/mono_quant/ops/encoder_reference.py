@@ -54,10 +54,7 @@ def encoder_layer(
         raise InputError(f"the width {width} is not a multiple of the number of heads {heads}")
 
     def project(name: str, rows: Tensor, act: str = "none") -> Tensor:
-        at = LINEARS.index(name) * TENSORS_EACH
-        tiles, column_sum, weight_scale, bias, zero_point = weights[at : at + TENSORS_EACH]
-        zeros = zero_point.reshape(-1, 1) if zero_point.numel() else None
-        return linear_dynamic_packed(rows, tiles, column_sum, weight_scale, zeros, bias, weight_scale.numel(), act)
+        return linear_at(LINEARS.index(name), weights, rows, act)
 
     def split(rows: Tensor) -> Tensor:
         return rows.view(samples, length, heads, width // heads).transpose(1, 2)
@@ -83,5 +80,12 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-def encoder_layer_shape(x: Tensor, *_: object, **__: object) -> Tensor:
+def linear_at(place: int, weights: Sequence[Tensor], rows: Tensor, activation: str) -> Tensor:
+    """Answer what the linear layer at ``place`` among ``weights`` makes of ``rows``."""
+    tiles, column_sum, weight_scale, bias, zero_point = weights[place * TENSORS_EACH : (place + 1) * TENSORS_EACH]
+    zeros = zero_point.reshape(-1, 1) if zero_point.numel() else None
+    return linear_dynamic_packed(rows, tiles, column_sum, weight_scale, zeros, bias, weight_scale.numel(), activation)
+
+
+def hidden_states_shape(x: Tensor, *_: object, **__: object) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -20,9 +20,8 @@ from mono_quant.ops.decoder_reference import (
     decoder_layer,
     decoder_layer_shape,
     decoder_layer_static_cache,
-    decoder_layer_static_cache_shape,
 )
-from mono_quant.ops.encoder_reference import encoder_layer, encoder_layer_shape
+from mono_quant.ops.encoder_reference import encoder_layer, hidden_states_shape
 
 NAMESPACE = "mono_quant"
 
@@ -153,17 +152,17 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "linear_weight_only": _linear_weight_only_shape,
     "linear_half": _linear_half_shape,
     "count_values": _count_values_shape,
-    "encoder_layer": encoder_layer_shape,
+    "encoder_layer": hidden_states_shape,
     "decoder_layer": decoder_layer_shape,
-    "decoder_layer_static_cache": decoder_layer_static_cache_shape,
+    "decoder_layer_static_cache": hidden_states_shape,
     "run_codes": run_codes_shape,
 }
 
-# Compiled graphs must hand the operators the strides that eager mode would.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+#: Compiled graphs must hand the operators the strides that eager mode would.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 _definitions = Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
-    _definitions.define(_name + _schema, tags=_TAGS)
+    _definitions.define(_name + _schema, tags=TAGS)
     _definitions.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
     register_fake(f"{NAMESPACE}::{_name}", _SHAPES[_name])
