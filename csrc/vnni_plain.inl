@@ -3,6 +3,8 @@
 // product.
 //
 // Bound: the reading of the weight. Each vector of it feeds one product for every code row and one for the column sums.
+// The four rows that are met at once lie a quarter of the tile apart: four streams from memory, each in its order, where
+// four rows side by side would be one.
 
 namespace {
 
@@ -19,16 +21,23 @@ inline __m128i add_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// kRows code rows x four weight rows; a missing weight row is the first one again, and its sums are not read.
+// One sum for each of the first `count` of four columns that are `apart`.
+inline void store_sums(__m128i sums, int64_t count, int64_t apart, int32_t* to) {
+  alignas(16) int32_t sum[kPlainColumns];
+  _mm_store_si128((__m128i*)sum, sums);
+  for (int64_t c = 0; c < count; ++c) to[c * apart] = sum[c];
+}
+
+// kRows code rows x `columns` weight rows, at most four, that are `apart`; for a missing one the first is met again.
 template <int kRows>
-void plain_product(const uint8_t* a, int64_t lda, const int8_t* weight, int64_t k, int64_t columns, int32_t* tile,
-                   int32_t* column_sum) {
+void plain_product(const uint8_t* a, int64_t lda, const int8_t* weight, int64_t k, int64_t columns, int64_t apart,
+                   int32_t* tile, int32_t* column_sum) {
   const __m512i ones = _mm512_set1_epi8(1);
   const int8_t* row[kPlainColumns];
   __m512i sum[kRows][kPlainColumns], total[kPlainColumns];
 #pragma GCC unroll 4
   for (int c = 0; c < kPlainColumns; ++c) {
-    row[c] = weight + (c < columns ? c : 0) * k;
+    row[c] = weight + (c < columns ? c * apart : 0) * k;
     total[c] = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) sum[r][c] = _mm512_setzero_si512();
@@ -39,6 +48,7 @@ void plain_product(const uint8_t* a, int64_t lda, const int8_t* weight, int64_t 
 #pragma GCC unroll 4
     for (int c = 0; c < kPlainColumns; ++c) {
       w[c] = _mm512_maskz_loadu_epi8(mask, row[c] + i);
+      if (kRows <= 2) _mm_prefetch((const char*)row[c] + i + 2048, _MM_HINT_T0);
       add_products(&total[c], ones, w[c]);
     }
 #pragma GCC unroll 4
@@ -50,32 +60,33 @@ void plain_product(const uint8_t* a, int64_t lda, const int8_t* weight, int64_t 
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    _mm_storeu_si128((__m128i*)(tile + r * kTileCols), add_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3]));
+    store_sums(add_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3]), columns, apart, tile + r * kTileCols);
   }
-  _mm_storeu_si128((__m128i*)column_sum, add_lanes(total[0], total[1], total[2], total[3]));
+  store_sums(add_lanes(total[0], total[1], total[2], total[3]), columns, apart, column_sum);
 }
 
 // `columns` rows of `weight`, which is [.., k]; sums kTileCols apart, and the sums of the weight rows.
 void plain_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* weight, int64_t k, int64_t columns,
                 int32_t* tile, int32_t* column_sum) {
-  for (int64_t c = 0; c < columns; c += kPlainColumns) {
+  const int64_t apart = (columns + kPlainColumns - 1) / kPlainColumns;
+  for (int64_t c = 0; c < apart; ++c) {
     const int8_t* from = weight + c * k;
-    const int64_t count = mono_quant::smaller(kPlainColumns, columns - c);
+    const int64_t count = (columns - c + apart - 1) / apart;
     for (int64_t r = 0; r < rows;) {
       const int64_t left = rows - r;
       const uint8_t* x = a + r * lda;
       int32_t* to = tile + r * kTileCols + c;
       if (left == 3 || left > 4) {
-        plain_product<3>(x, lda, from, k, count, to, column_sum + c);
+        plain_product<3>(x, lda, from, k, count, apart, to, column_sum + c);
         r += 3;
       } else if (left == 4) {
-        plain_product<4>(x, lda, from, k, count, to, column_sum + c);
+        plain_product<4>(x, lda, from, k, count, apart, to, column_sum + c);
         r += 4;
       } else if (left == 2) {
-        plain_product<2>(x, lda, from, k, count, to, column_sum + c);
+        plain_product<2>(x, lda, from, k, count, apart, to, column_sum + c);
         r += 2;
       } else {
-        plain_product<1>(x, lda, from, k, count, to, column_sum + c);
+        plain_product<1>(x, lda, from, k, count, apart, to, column_sum + c);
         r += 1;
       }
     }
