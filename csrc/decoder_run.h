@@ -1,4 +1,4 @@
-// One layer of a decoder of the Llama family: attention with rotary positions and a growing cache, and a gated
+// Layers of a decoder of the Llama family, one after the other: attention with rotary positions and a cache, and a gated
 // feed-forward part, both behind root-mean-square norms, with int8 linear layers.
 //
 // Many rows are divided into chunks that a thread takes through all steps between two meetings; few rows (one token) are
@@ -12,41 +12,53 @@
 
 namespace mono_quant {
 
-struct DecoderArgs {
-  const float* x;  // [samples, length, width]
-  float* out;
-  int64_t samples, length, width, heads, key_heads, depth;
+struct DecoderLayer {
+  PackedLayer query, key, value, output, gate, up, down;
+  const float *attention_norm, *output_norm;  // [width]
+  float attention_eps, output_eps;
   int64_t past;  // tokens before those of `x`
+  int64_t seen;  // keys that are attended to: past + length, or more where the mask shows more
   // Where keys and values of `x` go, behind those of the past [samples, key_heads, at least past + length, depth].
   float *keys, *values;
   int64_t sample_stride, head_stride;
   // Those of the past [samples, key_heads, past, depth] where they are elsewhere and have to be copied, or null.
   const float *past_keys, *past_values;
   int64_t past_sample_stride, past_head_stride;
-  int64_t seen;  // keys that are attended to: past + length, or more where the mask shows more
+};
+
+// What the layers have in common.
+struct DecoderArgs {
+  const float* x;  // [samples, length, width]
+  float* out;
+  int64_t samples, length, width, heads, key_heads, depth;
   const float *cosine, *sine;  // [samples or 1, length, depth]
   int64_t angle_stride;  // from one sample to the next, or 0
-  PackedLayer query, key, value, output, gate, up, down;
-  const float *attention_norm, *output_norm;  // [width]
-  float attention_eps, output_eps;
   float scale;
   bool causal;
-  const float* mask;  // [samples, mask_rows, round_up(seen, kMaskColumns)] or null
-  int64_t mask_rows;
+  const float* mask;  // [samples, mask_rows, mask_stride], at least round_up(seen, kMaskColumns) wide, or null
+  int64_t mask_rows, mask_stride;
 };
 
 class DecoderRun {
  public:
-  explicit DecoderRun(const DecoderArgs& args)
-      : p_(args), table_(kernels()), rows_(p_.samples * p_.length), meeting_(kMeetings) {
+  // `layers` are at least one, with heads of the same sizes.
+  DecoderRun(const DecoderArgs& args, const std::vector<DecoderLayer>& layers)
+      : p_(args), layers_(layers), table_(kernels()), rows_(p_.samples * p_.length),
+        meeting_(kMeetings * (int)layers.size()) {
+    int64_t seen = 0;
+    for (const DecoderLayer& layer : layers_) {
+      seen = larger(seen, layer.seen);
+      hidden_ = larger(hidden_, layer.up.outputs);
+    }
     const double weights = (double)p_.width * (double)((2 * p_.heads + 2 * p_.key_heads) * p_.depth) +
-                           3. * (double)p_.width * (double)p_.up.outputs;
-    const double attention = 2. * (double)rows_ * (double)p_.seen * (double)(p_.heads * p_.depth);
-    // The weights come from memory; multiply-adds of attention are float32 ones, about an eighth as fast.
+                           3. * (double)p_.width * (double)hidden_;
+    const double attention = 2. * (double)rows_ * (double)seen * (double)(p_.heads * p_.depth);
+    // Of one layer: threads meet within each. The weights come from memory; multiply-adds of attention are float32 ones,
+    // about an eighth as fast.
     threads_ = worthwhile_threads(((double)rows_ * weights + 8 * attention) / table_.speed + weights / 25e3);
     chunked_ = rows_ >= kChunkRows / 2 * threads_;
     chunk_ = chunked_ ? smaller(kChunkRows, round_up((rows_ + threads_ - 1) / threads_, 32)) : rows_;
-    queries_ = round_up(rows_ * p_.query.outputs * 4, 64);
+    queries_ = round_up(rows_ * p_.heads * p_.depth * 4, 64);
     area_ = carve(nullptr, chunk_).bytes;
     kept_ = std::make_unique<KeptMemory>(queries_ + area_ * (chunked_ ? threads_ : 1));
   }
@@ -56,15 +68,14 @@ class DecoderRun {
     run_tasks(threads_, [&](int64_t) {
       Buffers b = carve(kept_->memory() + queries_ + (chunked_ ? next_area.fetch_add(1) : 0) * area_, chunk_);
       int meeting = 0;
-      if (chunked_) {
-        meeting_.share(meeting++, chunks(), [&](int64_t i) { for_chunk(b, i, kNormed, kScattered); });
-        meeting_.share(meeting++, attention_pieces(), [&](int64_t i) { attend(i); });
-        meeting_.share(meeting++, chunks(), [&](int64_t i) { for_chunk(b, i, kContext, kAnswer); });
-        return;
+      for (size_t i = 0; i < layers_.size(); ++i) {
+        // The answers of a layer take the place of its inputs, and the next one starts with the rows that are at hand.
+        const Call now = {layers_[i], i == 0 ? p_.x : p_.out, b};
+        const bool last = i + 1 == layers_.size();
+        const Call next = {layers_[last ? i : i + 1], p_.out, b};
+        if (chunked_) run_chunked(now, next, i == 0, last, &meeting);
+        else run_shared(now, next, i == 0, last, &meeting);
       }
-      for (int step = kNormed; step <= kScattered; ++step) share_step(meeting++, b, (Step)step);
-      meeting_.share(meeting++, attention_pieces(), [&](int64_t i) { attend(i); });
-      for (int step = kContext; step <= kAnswer; ++step) share_step(meeting++, b, (Step)step);
     });
   }
 
@@ -82,17 +93,23 @@ class DecoderRun {
     int64_t bytes;
   };
 
+  struct Call {
+    const DecoderLayer& layer;
+    const float* x;  // what the layer reads
+    const Buffers& buffers;
+  };
+
   Buffers carve(char* base, int64_t rows) const {
     Carver take(base);
     Buffers b;
-    b.key = take.floats(rows * p_.key.outputs);
-    b.value = take.floats(rows * p_.key.outputs);
+    b.key = take.floats(rows * p_.key_heads * p_.depth);
+    b.value = take.floats(rows * p_.key_heads * p_.depth);
     b.sum = take.floats(rows * p_.width);
     b.hidden = take.floats(rows * p_.width);
     b.normed = take.floats(rows * p_.width);
-    b.gate = take.floats(rows * p_.up.outputs);
-    b.up = take.floats(rows * p_.up.outputs);
-    b.codes = take.codes(rows, larger(larger(p_.width, p_.up.outputs), p_.query.outputs));
+    b.gate = take.floats(rows * hidden_);
+    b.up = take.floats(rows * hidden_);
+    b.codes = take.codes(rows, larger(larger(p_.width, hidden_), p_.heads * p_.depth));
     b.bytes = take.bytes();
     return b;
   }
@@ -100,59 +117,84 @@ class DecoderRun {
   float* queries() const { return (float*)kept_->memory(); }
   int64_t chunks() const { return (rows_ + chunk_ - 1) / chunk_; }
 
-  void for_chunk(const Buffers& b, int64_t i, Step first, Step last) {
+  void run_chunked(const Call& now, const Call& next, bool first, bool last, int* meeting) {
+    if (first) meeting_.share((*meeting)++, chunks(), [&](int64_t i) { for_chunk(now, i, kNormed, kScattered); });
+    meeting_.share((*meeting)++, attention_pieces(), [&](int64_t i) { attend(now.layer, i); });
+    meeting_.share((*meeting)++, chunks(), [&](int64_t i) {
+      for_chunk(now, i, kContext, kAnswer);
+      if (!last) for_chunk(next, i, kNormed, kScattered);
+    });
+  }
+
+  void for_chunk(const Call& call, int64_t i, Step first, Step last) const {
     const int64_t from = i * chunk_, rows = smaller(chunk_, rows_ - from);
     for (int step = first; step <= last; ++step) {
-      run_step((Step)step, b, from, rows, {0, rows, 0, columns_of((Step)step)});
+      run_step((Step)step, call, from, rows, {0, rows, 0, columns_of((Step)step, call.layer)});
     }
   }
 
-  void share_step(int meeting, const Buffers& b, Step step) {
-    const Division d(rows_, columns_of(step), threads_);
-    meeting_.share(meeting, d.pieces(), [&](int64_t i) { run_step(step, b, 0, rows_, d.piece(i)); });
+  void run_shared(const Call& now, const Call& next, bool first, bool last, int* meeting) {
+    if (first) share_step((*meeting)++, now, kNormed);
+    share_step((*meeting)++, now, kProjected);
+    share_step((*meeting)++, now, kScattered);
+    meeting_.share((*meeting)++, attention_pieces(), [&](int64_t i) { attend(now.layer, i); });
+    for (int step = kContext; step <= kDown; ++step) share_step((*meeting)++, now, (Step)step);
+    const Division d(rows_, 1, threads_);
+    meeting_.share((*meeting)++, d.pieces(), [&](int64_t i) {
+      run_step(kAnswer, now, 0, rows_, d.piece(i));
+      if (!last) run_step(kNormed, next, 0, rows_, d.piece(i));
+    });
+  }
+
+  void share_step(int meeting, const Call& call, Step step) {
+    const Division d(rows_, columns_of(step, call.layer), threads_);
+    meeting_.share(meeting, d.pieces(), [&](int64_t i) { run_step(step, call, 0, rows_, d.piece(i)); });
   }
 
   // Columns that can be computed apart; 1 for what takes whole rows.
-  int64_t columns_of(Step step) const {
+  int64_t columns_of(Step step, const DecoderLayer& layer) const {
     switch (step) {
-      case kProjected: return round_up(p_.query.outputs, 64) + 2 * round_up(p_.key.outputs, 64);
+      case kProjected: return round_up(layer.query.outputs, 64) + 2 * round_up(layer.key.outputs, 64);
       case kOutput: case kDown: return p_.width;
-      case kGated: return 2 * round_up(p_.up.outputs, 64);
+      case kGated: return 2 * round_up(layer.up.outputs, 64);
       default: return 1;
     }
   }
 
   // A step for `rows` rows from `from` on; the piece counts rows from there.
-  void run_step(Step step, const Buffers& b, int64_t from, int64_t rows, const Piece& piece) const {
-    const float* x = p_.x + from * p_.width;
-    float* query = queries() + from * p_.query.outputs;
+  void run_step(Step step, const Call& call, int64_t from, int64_t rows, const Piece& piece) const {
+    const DecoderLayer& layer = call.layer;
+    const Buffers& b = call.buffers;
+    const float* x = call.x + from * p_.width;
+    float* query = queries() + from * layer.query.outputs;
     switch (step) {
       case kNormed:
-        table_.rms_norm({x, nullptr, p_.width, p_.attention_norm, p_.attention_eps, nullptr, b.normed}, piece.begin,
-                        piece.end);
+        table_.rms_norm({x, nullptr, p_.width, layer.attention_norm, layer.attention_eps, nullptr, b.normed},
+                        piece.begin, piece.end);
         return quantize(table_, b.normed, p_.width, b.codes, piece);
       case kProjected: {
-        const PackedLayer* const layers[] = {&p_.query, &p_.key, &p_.value};
+        const PackedLayer* const layers[] = {&layer.query, &layer.key, &layer.value};
         float* const to[] = {query, b.key, b.value};
         return multiply_beside(table_, layers, to, 3, b.codes, rows, piece);
       }
-      case kScattered: return scatter(b, from, piece);
-      case kContext: return quantize(table_, query, p_.query.outputs, b.codes, piece);
-      case kOutput: return multiply(table_, p_.output, b.codes, rows, b.sum, piece);
+      case kScattered: return scatter(layer, b, from, piece);
+      case kContext: return quantize(table_, query, layer.query.outputs, b.codes, piece);
+      case kOutput: return multiply(table_, layer.output, b.codes, rows, b.sum, piece);
       case kHidden:
-        table_.rms_norm({b.sum, x, p_.width, p_.output_norm, p_.output_eps, b.hidden, b.normed}, piece.begin, piece.end);
+        table_.rms_norm({b.sum, x, p_.width, layer.output_norm, layer.output_eps, b.hidden, b.normed}, piece.begin,
+                        piece.end);
         return quantize(table_, b.normed, p_.width, b.codes, piece);
       case kGated: {
-        const PackedLayer* const layers[] = {&p_.gate, &p_.up};
+        const PackedLayer* const layers[] = {&layer.gate, &layer.up};
         float* const to[] = {b.gate, b.up};
         return multiply_beside(table_, layers, to, 2, b.codes, rows, piece);
       }
       case kProduct: {
-        const int64_t at = piece.begin * p_.up.outputs;
-        table_.multiply(b.gate + at, b.up + at, (piece.end - piece.begin) * p_.up.outputs);
-        return quantize(table_, b.gate, p_.up.outputs, b.codes, piece);
+        const int64_t at = piece.begin * layer.up.outputs;
+        table_.multiply(b.gate + at, b.up + at, (piece.end - piece.begin) * layer.up.outputs);
+        return quantize(table_, b.gate, layer.up.outputs, b.codes, piece);
       }
-      case kDown: return multiply(table_, p_.down, b.codes, rows, b.sum, piece);
+      case kDown: return multiply(table_, layer.down, b.codes, rows, b.sum, piece);
       default: {
         const int64_t at = piece.begin * p_.width, count = (piece.end - piece.begin) * p_.width;
         return table_.add(b.hidden + at, b.sum + at, p_.out + from * p_.width + at, count);
@@ -161,18 +203,18 @@ class DecoderRun {
   }
 
   // Positions into queries and keys; keys and values to their places behind those of the past.
-  void scatter(const Buffers& b, int64_t from, const Piece& piece) const {
+  void scatter(const DecoderLayer& layer, const Buffers& b, int64_t from, const Piece& piece) const {
     const int64_t depth = p_.depth;
     for (int64_t r = piece.begin; r < piece.end; ++r) {
       const int64_t sample = (from + r) / p_.length, position = (from + r) % p_.length;
       const int64_t angle = sample * p_.angle_stride + position * depth;
-      float* query = queries() + (from + r) * p_.query.outputs;
+      float* query = queries() + (from + r) * layer.query.outputs;
       table_.rotate(query, p_.heads, depth, p_.cosine + angle, p_.sine + angle);
-      table_.rotate(b.key + r * p_.key.outputs, p_.key_heads, depth, p_.cosine + angle, p_.sine + angle);
+      table_.rotate(b.key + r * layer.key.outputs, p_.key_heads, depth, p_.cosine + angle, p_.sine + angle);
       for (int64_t h = 0; h < p_.key_heads; ++h) {
-        const int64_t to = sample * p_.sample_stride + h * p_.head_stride + (p_.past + position) * depth;
-        memcpy(p_.keys + to, b.key + r * p_.key.outputs + h * depth, (size_t)depth * 4);
-        memcpy(p_.values + to, b.value + r * p_.key.outputs + h * depth, (size_t)depth * 4);
+        const int64_t to = sample * layer.sample_stride + h * layer.head_stride + (layer.past + position) * depth;
+        memcpy(layer.keys + to, b.key + r * layer.key.outputs + h * depth, (size_t)depth * 4);
+        memcpy(layer.values + to, b.value + r * layer.key.outputs + h * depth, (size_t)depth * 4);
       }
     }
   }
@@ -181,27 +223,26 @@ class DecoderRun {
   // of queries that share it.
   int64_t attention_pieces() const { return p_.samples * p_.key_heads; }
 
-  void attend(int64_t piece) const {
+  void attend(const DecoderLayer& layer, int64_t piece) const {
     const int64_t sample = piece / p_.key_heads, head = piece % p_.key_heads, group = p_.heads / p_.key_heads;
-    const int64_t to = sample * p_.sample_stride + head * p_.head_stride;
-    if (p_.past_keys && p_.past > 0) {
-      const int64_t past = sample * p_.past_sample_stride + head * p_.past_head_stride;
-      memcpy(p_.keys + to, p_.past_keys + past, (size_t)(p_.past * p_.depth) * 4);
-      memcpy(p_.values + to, p_.past_values + past, (size_t)(p_.past * p_.depth) * 4);
+    const int64_t to = sample * layer.sample_stride + head * layer.head_stride;
+    if (layer.past_keys && layer.past > 0) {
+      const int64_t past = sample * layer.past_sample_stride + head * layer.past_head_stride;
+      memcpy(layer.keys + to, layer.past_keys + past, (size_t)(layer.past * p_.depth) * 4);
+      memcpy(layer.values + to, layer.past_values + past, (size_t)(layer.past * p_.depth) * 4);
     }
     AttentionArgs a = {};
-    a.k = p_.keys + to;
-    a.v = p_.values + to;
+    a.k = layer.keys + to;
+    a.v = layer.values + to;
     a.k_stride = a.v_stride = p_.depth;
-    a.keys = p_.seen;
+    a.keys = layer.seen;
     a.depth = p_.depth;
     a.scale = p_.scale;
     if (p_.mask) {
-      const int64_t row = round_up(p_.seen, kMaskColumns);
-      a.mask = p_.mask + sample * p_.mask_rows * row;
-      a.mask_stride = p_.mask_rows == 1 ? 0 : row;
+      a.mask = p_.mask + sample * p_.mask_rows * p_.mask_stride;
+      a.mask_stride = p_.mask_rows == 1 ? 0 : p_.mask_stride;
     }
-    float* query = queries() + sample * p_.length * p_.query.outputs + head * group * p_.depth;
+    float* query = queries() + sample * p_.length * layer.query.outputs + head * group * p_.depth;
     if (p_.length == 1) {
       // The heads of one token lie side by side: they are the queries.
       a.queries = group;
@@ -212,7 +253,7 @@ class DecoderRun {
     }
     a.queries = p_.length;
     a.causal = p_.causal;
-    a.q_stride = a.out_stride = p_.query.outputs;
+    a.q_stride = a.out_stride = layer.query.outputs;
     for (int64_t i = 0; i < group; ++i) {
       a.q = a.out = query + i * p_.depth;
       attend(a);
@@ -226,8 +267,10 @@ class DecoderRun {
   }
 
   const DecoderArgs p_;
+  const std::vector<DecoderLayer>& layers_;
   const KernelTable& table_;
   const int64_t rows_;
+  int64_t hidden_ = 0;  // the widest feed-forward part
   int64_t threads_ = 1;
   bool chunked_ = false;
   int64_t chunk_ = 1;

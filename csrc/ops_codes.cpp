@@ -39,13 +39,6 @@ Tensor channels_last(Tensor x, const CodeValue& v) {
   return copy;
 }
 
-StableIValue release_tensors(std::vector<Tensor>& tensors) {
-  StableListHandle list;
-  TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(tensors.size(), &list));
-  for (Tensor& tensor : tensors) TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, tensor.release()));
-  return torch::stable::detail::from(list);
-}
-
 CodeValue input_value(Tensor& x, QuantizeArgs* image) {
   check(x.dim() == 4, "run_codes takes images [batch, channels, height, width]");
   CodeValue v;

@@ -92,6 +92,21 @@ class Tensor {
     return static_cast<T*>(p);
   }
 
+  // The elements as they are now, for a tensor that is held from call to call: it may have been given other data since.
+  // Null where these are no longer `numel` of `dtype` in a row.
+  const void* data_now(int32_t dtype, int64_t numel) const {
+    int32_t dtype_now = 0;
+    int64_t numel_now = 0;
+    bool contiguous = false;
+    const void* p = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype_now));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle_, &numel_now));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &contiguous));
+    if (dtype_now != dtype || numel_now != numel || !contiguous) return nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &p));
+    return p;
+  }
+
   // This tensor, or a contiguous copy in its place.
   void make_contiguous() {
     if (is_contiguous()) return;
@@ -138,6 +153,27 @@ inline std::vector<Tensor> take_tensors(StableIValue value) {
   }
   TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
   return tensors;
+}
+
+inline StableIValue release_tensors(std::vector<Tensor>& tensors) {
+  StableListHandle list;
+  TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(tensors.size(), &list));
+  for (Tensor& tensor : tensors) TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, tensor.release()));
+  return torch::stable::detail::from(list);
+}
+
+inline std::vector<double> take_floats(StableIValue value) {
+  const StableListHandle list = torch::stable::detail::to<StableListHandle>(value);
+  size_t count = 0;
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &count));
+  std::vector<double> floats;
+  for (size_t i = 0; i < count; ++i) {
+    StableIValue item;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+    floats.push_back(torch::stable::detail::to<double>(item));
+  }
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  return floats;
 }
 
 inline int64_t take_int(StableIValue value) { return torch::stable::detail::to<int64_t>(value); }

@@ -76,19 +76,27 @@ def words(samples: int = 2, length: int = 9) -> Tensor:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the calls of the operators of decoder layers."""
+    """Counts the layers that run as one operator each, or together."""
 
-    COUNTED = (
+    SINGLE = (
         torch.ops.mono_quant.decoder_layer.default,
         torch.ops.mono_quant.decoder_layer_static_cache.default,
+    )
+    TOGETHER = (
+        torch.ops.mono_quant.decoder_layers.default,
+        torch.ops.mono_quant.decoder_layers_static_cache.default,
     )
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
+        self.together = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += func in self.COUNTED
+        if func in self.TOGETHER:
+            self.together += 1
+            self.calls += len(args[2])
+        self.calls += func in self.SINGLE
         return func(*args, **kwargs or {})
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mono_quant.integrations.whole_layers import why_not_whole
 from mono_quant.modules.decoder_layer import DecoderLayout
 from mono_quant.modules.fused_layer import register_layout
+from mono_quant.modules.layer_stack import StackLayout, register_stack
 
 _CACHES: Final = "transformers.cache_utils"
 
@@ -103,6 +104,13 @@ def _layout(norm_class: str) -> DecoderLayout:
     )
 
 
+def _refuse_stack(model: nn.Module) -> str | None:
+    # A loop that gives layers of several kinds masks of their own gives them all that of the first here.
+    kinds = set(getattr(getattr(model, "config", None), "layer_types", None) or ())
+    return "its layers are of several kinds" if len(kinds) > 1 else None
+
+
 for _model, _name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2")):
     _module = f"transformers.models.{_model}.modeling_{_model}"
     register_layout(f"{_module}.{_name}DecoderLayer", _layout(f"{_module}.{_name}RMSNorm"))
+    register_stack(f"{_module}.{_name}Model", StackLayout("layers", _refuse_stack))

@@ -30,18 +30,18 @@ def why_not_whole(attention: nn.Module) -> str | None:
     return None if found in _ATTENTION else f"its attention is {found!r}, expected 'sdpa' or 'eager'"
 
 
-def _captures_nothing(hook: Callable[..., Any]) -> bool:
+def _captures_nothing(hook: Callable[..., Any], whole: bool) -> bool:
     """Say whether ``hook`` is one that transformers leaves in a model, and idle.
 
-    It leaves them once hidden states or attentions were asked for. They are idle where nothing is collected, or only
-    hidden states: those come from whole layers, whose hooks are called.
+    It leaves them once hidden states or attentions were asked for. They are idle where nothing is collected. Hidden
+    states come from whole layers: hooks inside are idle for those too.
     """
     if getattr(hook, "__module__", None) != _CAPTURING:
         return False
     collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
     if collector is None:
         return False
-    return all("hidden_states" in name for name in collector.get() or ())
+    return all("hidden_states" in name and not whole for name in collector.get() or ())
 
 
 register_idle_hooks(_captures_nothing)

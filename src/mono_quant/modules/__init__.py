@@ -18,8 +18,6 @@ from mono_quant.modules.embedding import (
 )
 from mono_quant.modules.fused_layer import (
     FusedLayer,
-    fuse_layers,
-    restore_layers,
     unfused_layers,
     why_not_fused,
 )
@@ -30,6 +28,7 @@ from mono_quant.modules.fusion import (
     fused_pairs,
     restore_activations,
 )
+from mono_quant.modules.layer_stack import LayerStack, fuse_layers, restore_layers
 from mono_quant.modules.linear import QuantizedLinear, quantize_linear_module
 from mono_quant.modules.packed import PackedWeight, mark_layers_that_share, mark_shared
 from mono_quant.modules.registry import counterpart, counterpart_for_scheme, register
@@ -43,6 +42,7 @@ convert_to_pytorch_native = revert_to_standard_modules
 __all__ = [
     "FusedActivation",
     "FusedLayer",
+    "LayerStack",
     "PackedWeight",
     "convert_to_pytorch_native",
     "QuantizedConv1d",

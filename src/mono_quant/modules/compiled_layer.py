@@ -114,7 +114,47 @@ def _decoder_layer_static_cache(
     return _forward(layer, x, attention_mask=mask, position_embeddings=(cosine, sine), past_key_values=cache)
 
 
-def _same_shape(layer: int, x: Tensor, *_: object, **__: object) -> Tensor:
+def _decoder_layers(
+    stack: int,
+    x: Tensor,
+    past_keys: list[Tensor],
+    past_values: list[Tensor],
+    cosine: Tensor,
+    sine: Tensor,
+    mask: Tensor | None,
+    layers: int,
+    key_heads: int,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    pairs = zip(past_keys, past_values, strict=True) if past_keys else [(None, None)] * layers
+    caches = [HeldCache(*pair) for pair in pairs]
+    out = _run_layers(stack, x, caches, cosine, sine, mask)
+    keys, values = [cache.keys for cache in caches], [cache.values for cache in caches]
+    return out, [t.contiguous() for t in keys if t is not None], [t.contiguous() for t in values if t is not None]
+
+
+def _decoder_layers_static_cache(
+    stack: int,
+    x: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    positions: list[Tensor],
+    cosine: Tensor,
+    sine: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    caches = [HeldCache(*held) for held in zip(keys, values, positions, strict=True)]
+    return _run_layers(stack, x, caches, cosine, sine, mask)
+
+
+def _run_layers(
+    stack: int, x: Tensor, caches: list[HeldCache], cosine: Tensor, sine: Tensor, mask: Tensor | None
+) -> Tensor:
+    model: Any = _layer_of(stack)
+    out: Tensor = model.run_layers(x, caches, (cosine, sine), mask)
+    return out.clone() if out is x else out
+
+
+def _same_shape(number: int, x: Tensor, *_: object, **__: object) -> Tensor:
     return hidden_states_shape(x)
 
 
@@ -133,6 +173,23 @@ def _decoder_layer_shape(
     return hidden_states_shape(x), x.new_empty(grown), x.new_empty(grown)
 
 
+def _decoder_layers_shape(
+    stack: int,
+    x: Tensor,
+    past_keys: list[Tensor],
+    past_values: list[Tensor],
+    cosine: Tensor,
+    sine: Tensor,
+    mask: Tensor | None,
+    layers: int,
+    key_heads: int,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    past = past_keys[0].shape[2] if past_keys else 0
+    grown = (x.shape[0], key_heads, past + x.shape[1], cosine.shape[-1])
+    keys, values = ([x.new_empty(grown) for _ in range(layers)] for _ in range(2))
+    return hidden_states_shape(x), keys, values
+
+
 # For each operator its schema, what it does and the shapes of its answers.
 _OPERATORS: Final[dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]]] = {
     "fused_encoder_layer": ("(int layer, Tensor x, Tensor? mask) -> Tensor", _encoder_layer, _same_shape),
@@ -146,6 +203,18 @@ _OPERATORS: Final[dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]]]
         "(int layer, Tensor x, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor cosine, Tensor sine, "
         "Tensor? mask) -> Tensor",
         _decoder_layer_static_cache,
+        _same_shape,
+    ),
+    "fused_decoder_layers": (
+        "(int stack, Tensor x, Tensor[] past_keys, Tensor[] past_values, Tensor cosine, Tensor sine, Tensor? mask, "
+        "int layers, int key_heads) -> (Tensor, Tensor[], Tensor[])",
+        _decoder_layers,
+        _decoder_layers_shape,
+    ),
+    "fused_decoder_layers_static_cache": (
+        "(int stack, Tensor x, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor[] positions, Tensor cosine, Tensor sine, "
+        "Tensor? mask) -> Tensor",
+        _decoder_layers_static_cache,
         _same_shape,
     ),
 }

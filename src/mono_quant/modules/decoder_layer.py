@@ -84,21 +84,24 @@ class DecoderLayout(LayerLayout):
         return self.refuse(layer)
 
     def constants(self, layer: nn.Module) -> Mapping[str, Any]:
-        size = int(attribute(layer, self.head_size))
-        query, key = (int(attribute(layer, f"{name}.out_features")) for name in (self.query, self.key))
         eps = [float(getattr(layer.get_submodule(name), self.norm_class[1])) for name in self.norms]
         return {
-            "heads": query // size,
-            "empty": torch.empty(1, key // size, 0, size),
+            "heads": int(attribute(layer, f"{self.query}.out_features")) // int(attribute(layer, self.head_size)),
+            "empty": self.no_keys(layer),
             "scale": float(attribute(layer, self.scale)),
             "eps": eps,
             "index": int(attribute(layer, self.layer_index)),
         }
 
+    def no_keys(self, layer: nn.Module) -> Tensor:
+        """Answer the layer's keys of no token, float32 ``[1, key heads, 0, depth]``."""
+        size = int(attribute(layer, self.head_size))
+        return torch.empty(1, int(attribute(layer, f"{self.key}.out_features")) // size, 0, size)
+
     def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs.get("hidden_states")
         angles = kwargs.get("position_embeddings")
-        if len(args) > 1 or angles is None or _asks_for_more(kwargs) or not layer.takes(x):
+        if len(args) > 1 or angles is None or asks_for_more(kwargs) or not layer.takes(x):
             return NotImplemented
         assert isinstance(x, Tensor)
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
@@ -108,16 +111,24 @@ class DecoderLayout(LayerLayout):
         if operands is None or x.shape[2] != operands.linears[0].in_features or layer.needs_its_parts(operands):
             return NotImplemented
         for part in angles:
-            if not _fit(part, x, operands.constants["empty"].shape[3]):
+            if not angles_fit(part, x, operands.constants["empty"].shape[3]):
                 layer.report(f"the angles of its positions are {part.dtype} of shape {tuple(part.shape)}")
                 return NotImplemented
-        held = self._held(layer, cache, x.shape[0], operands.constants["index"], operands.constants["empty"])
+        held = self.held(layer, cache, x.shape[0], operands.constants["index"], operands.constants["empty"])
         if held is None:
             return NotImplemented
         return _compute(layer, operands, x, angles, mask, held)
 
-    def _held(self, layer: FusedLayer, cache: Any, samples: int, index: int, empty: Tensor) -> Any:
-        """Answer the object that holds the layer's keys and values, or ``None`` if they are kept in another way."""
+    def held(self, layer: FusedLayer, cache: Any, samples: int, index: int, empty: Tensor) -> Any:
+        """Answer the object that holds the layer's keys and values, or ``None`` if they are kept in another way.
+
+        Args:
+            layer: Says that they are.
+            cache: What the layer was called with.
+            samples: Sequences that are read at a time.
+            index: The layer's place in the cache.
+            empty: Keys of no token, float32 ``[1, key heads, 0, depth]``.
+        """
         if cache is None:
             return HeldCache(None, None)
         if isinstance(cache, HeldCache):
@@ -132,9 +143,8 @@ class DecoderLayout(LayerLayout):
     def _call_from_graph(self, layer: FusedLayer, x: Tensor, angles: Any, mask: Any, cache: Any) -> Any:
         """Answer the layer's output as one operator of a graph that is being compiled."""
         cosine, sine = angles
-        size, keys = attribute(layer, self.head_size), attribute(layer, f"{self.key}.out_features")
-        empty = torch.empty(1, keys // size, 0, size)
-        held = self._held(layer, cache, x.shape[0], attribute(layer, self.layer_index), empty)
+        empty = self.no_keys(layer)
+        held = self.held(layer, cache, x.shape[0], attribute(layer, self.layer_index), empty)
         if held is None:
             return NotImplemented
         if getattr(held, "cumulative_length", None) is not None:
@@ -143,9 +153,9 @@ class DecoderLayout(LayerLayout):
             )
             held.cumulative_length.add_(x.shape[1])
             return out
-        past = (None, None) if _is_empty(held) else (held.keys, held.values)
+        past = (None, None) if is_empty(held) else (held.keys, held.values)
         out, held.keys, held.values = torch.ops.mono_quant.fused_decoder_layer.default(
-            layer.number, x, *past, cosine, sine, mask, keys // size
+            layer.number, x, *past, cosine, sine, mask, empty.shape[1]
         )
         return out
 
@@ -166,7 +176,7 @@ def _compute(layer: FusedLayer, operands: Operands, x: Tensor, angles: Any, mask
         if not isinstance(held, HeldCache):  # whose graph counts the tokens itself
             position.add_(length)
         return out
-    if _is_empty(held):
+    if is_empty(held):
         empty = constants["empty"]
         keys = values = empty if x.shape[0] == 1 else empty.expand(x.shape[0], -1, -1, -1)
     else:
@@ -179,16 +189,19 @@ def _compute(layer: FusedLayer, operands: Operands, x: Tensor, angles: Any, mask
     return out
 
 
-def _is_empty(held: Any) -> bool:
+def is_empty(held: Any) -> bool:
+    """Say whether what holds keys and values holds none yet."""
     return held.keys is None or not held.keys.numel()
 
 
-def _asks_for_more(kwargs: dict[str, Any]) -> bool:
+def asks_for_more(kwargs: dict[str, Any]) -> bool:
+    """Say whether a layer is called with something that could change its answer and no operator knows."""
     others = (value for name, value in kwargs.items() if name not in _KNOWN)
     return any(value is not None and value is not False for value in others)
 
 
-def _fit(angles: Tensor, x: Tensor, depth: int) -> bool:
+def angles_fit(angles: Tensor, x: Tensor, depth: int) -> bool:
+    """Say whether operators take ``angles``: float32 ``[samples or 1, length, depth]`` for ``x``."""
     # A part of each head's elements may be rotated alone: then there are fewer angles.
     shape = angles.shape
     return (

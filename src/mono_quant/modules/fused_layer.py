@@ -66,7 +66,7 @@ class LayerLayout(ABC):
 
 _LAYOUTS: dict[str, LayerLayout] = {}
 _FUSED: dict[type[nn.Module], type[FusedLayer]] = {}
-_IDLE_HOOKS: list[Callable[[Callable[..., Any]], bool]] = []
+_IDLE_HOOKS: list[Callable[[Callable[..., Any], bool], bool]] = []
 
 
 def register_layout(qualified_name: str, layout: LayerLayout) -> None:
@@ -79,11 +79,12 @@ def register_layout(qualified_name: str, layout: LayerLayout) -> None:
     _LAYOUTS[qualified_name] = layout
 
 
-def register_idle_hooks(is_idle: Callable[[Callable[..., Any]], bool]) -> None:
+def register_idle_hooks(is_idle: Callable[[Callable[..., Any], bool], bool]) -> None:
     """Let an optional library leave hooks in layers that run as one operator.
 
     Args:
-        is_idle: Answers whether a hook is known to do nothing during the call that is being made.
+        is_idle: Answers whether a hook is known to do nothing during the call that is being made; told whether it is
+            the hook of a whole layer (which is not called where all layers of a model run as one).
     """
     _IDLE_HOOKS.append(is_idle)
 
@@ -157,21 +158,10 @@ class FusedLayer(nn.Module):
 
     def needs_its_parts(self, operands: Operands) -> bool:
         """Say whether the modules inside have to be called: for hooks, training (of dropout) or gradients."""
-        if operands.may_want_to_be_called():
-            for module in operands.modules:
-                reason = _want_of(module)
-                if reason is not None:
-                    self.report(f"a {type(module).__name__} in it {reason}")
-                    return True
-        if _has_any_global_hook():
-            self.report("there are hooks on all modules, which want to be called")
-            return True
-        if not torch.is_grad_enabled():
-            return False
-        wanted = any(p is not None and p.requires_grad for norm in operands.norms for p in norm._parameters.values())
-        if wanted:
-            self.report(_GRADIENTS)
-        return wanted
+        reason = why_parts(operands)
+        if reason is not None:
+            self.report(reason)
+        return reason is not None
 
     def takes_mask(self, mask: object, samples: int, queries: int, keys: int) -> bool:
         """Say whether operators take ``mask``: bool or float32 ``[samples or 1, 1, queries or 1, keys]``."""
@@ -190,14 +180,31 @@ class FusedLayer(nn.Module):
 
     def report(self, reason: str) -> None:
         """Say once that layers of this class run part by part."""
-        _report_once(f"a {type(self).__name__} runs part by part: {reason}")
+        report_once(f"a {type(self).__name__} runs part by part: {reason}")
+
+
+def why_parts(operands: Operands) -> str | None:
+    """Answer why modules inside have to be called: for hooks, training (of dropout) or gradients; else ``None``."""
+    if operands.may_want_to_be_called():
+        for module in operands.modules:
+            reason = _want_of(module)
+            if reason is not None:
+                return f"a {type(module).__name__} in it {reason}"
+    if _has_any_global_hook():
+        return "there are hooks on all modules, which want to be called"
+    if torch.is_grad_enabled() and any(
+        p is not None and p.requires_grad for norm in operands.norms for p in norm._parameters.values()
+    ):
+        return _GRADIENTS
+    return None
 
 
 _reported: set[str] = set()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _report_once(message: str) -> None:
+def report_once(message: str) -> None:
+    """Warn, the first time that ``message`` comes up."""
     if message not in _reported:
         _reported.add(message)
         _LOG.warning(message)
@@ -205,15 +212,16 @@ def _report_once(message: str) -> None:
 
 def _want_of(module: nn.Module) -> str | None:
     """Answer why a module that is in training mode, has hooks or a ``forward`` of its own has to be called."""
-    if not (_are_idle(module._forward_hooks) and _are_idle(module._forward_pre_hooks)):
+    whole = isinstance(module, FusedLayer)
+    if not (_are_idle(module._forward_hooks, whole) and _are_idle(module._forward_pre_hooks, whole)):
         return "has hooks, which want to be called"
     if module.training:
         return "is in training mode"
     return "has a forward of its own" if "forward" in module.__dict__ else None
 
 
-def _are_idle(hooks: Mapping[int, Callable[..., Any]]) -> bool:
-    return all(any(is_idle(hook) for is_idle in _IDLE_HOOKS) for hook in hooks.values())
+def _are_idle(hooks: Mapping[int, Callable[..., Any]], whole: bool) -> bool:
+    return all(any(is_idle(hook, whole) for is_idle in _IDLE_HOOKS) for hook in hooks.values())
 
 
 def _new_layer(float_type: type[nn.Module]) -> nn.Module:
@@ -240,18 +248,8 @@ def is_fusible_type(module: nn.Module) -> bool:
     return _name_of(type(module)) in _LAYOUTS
 
 
-def fuse_layers(model: nn.Module) -> list[str]:
-    """Let every layer in ``model`` that can run as one operator do so.
-
-    A layer can if all its linear layers are int8 with a weight of their own, its norms are float32, and its activation
-    is computed inside the linear layer before (see :func:`mono_quant.modules.fuse_activations`, which comes first).
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        The names of the layers that run as one operator now.
-    """
+def fuse_single_layers(model: nn.Module) -> list[str]:
+    """Let every layer in ``model`` that can run as one operator do so; see :func:`mono_quant.modules.fuse_layers`."""
     fused = []
     for name, module in model.named_modules():
         if is_fusible_type(module) and why_not_fused(module) is None:
@@ -270,8 +268,8 @@ def unfused_layers(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def restore_layers(model: nn.Module) -> None:
-    """Give every layer of :func:`fuse_layers` in ``model`` its own class back."""
+def restore_single_layers(model: nn.Module) -> None:
+    """Give every layer of :func:`fuse_single_layers` in ``model`` its own class back."""
     for module in model.modules():
         if isinstance(module, FusedLayer):
             module.__dict__.pop(_CACHE, None)

@@ -21,6 +21,12 @@ from mono_quant.ops.decoder_reference import (
     decoder_layer_shape,
     decoder_layer_static_cache,
 )
+from mono_quant.ops.decoder_stack_reference import (
+    decoder_layers,
+    decoder_layers_shape,
+    decoder_layers_static_cache,
+    hold_decoder_layers,
+)
 from mono_quant.ops.encoder_reference import encoder_layer, hidden_states_shape
 
 NAMESPACE = "mono_quant"
@@ -49,6 +55,12 @@ SCHEMAS: dict[str, str] = {
     "decoder_layer_static_cache": "(Tensor x, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor cosine, "
     "Tensor sine, Tensor? mask, Tensor[] weights, int heads, float scale, float attention_eps, float output_eps, "
     "bool causal, str activation) -> Tensor",
+    "hold_decoder_layers": "(Tensor[] weights, int heads, int key_heads, int depth, float scale, float[] eps, "
+    "str activation) -> int",
+    "decoder_layers": "(int held, Tensor x, Tensor[] past_keys, Tensor[] past_values, Tensor cosine, Tensor sine, "
+    "Tensor? mask, bool causal) -> (Tensor, Tensor[], Tensor[])",
+    "decoder_layers_static_cache": "(int held, Tensor x, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor[] positions, "
+    "Tensor cosine, Tensor sine, Tensor? mask, bool causal) -> Tensor",
     "run_codes": "(Tensor[] inputs, Tensor constants, str program) -> Tensor[]",
 }
 
@@ -56,6 +68,9 @@ _WHOLE: dict[str, Callable[..., Any]] = {
     "encoder_layer": encoder_layer,
     "decoder_layer": decoder_layer,
     "decoder_layer_static_cache": decoder_layer_static_cache,
+    "hold_decoder_layers": hold_decoder_layers,
+    "decoder_layers": decoder_layers,
+    "decoder_layers_static_cache": decoder_layers_static_cache,
     "run_codes": run_codes,
 }
 REFERENCE: dict[str, Callable[..., Any]] = {name: _WHOLE.get(name) or getattr(reference, name) for name in SCHEMAS}
@@ -136,6 +151,10 @@ def _count_values_shape(x: Tensor, bins: int, exponent: int) -> Tensor:
     return torch.empty(bins, dtype=torch.int64, device=x.device)
 
 
+def _second_shape(held: int, x: Tensor, *_: object, **__: object) -> Tensor:
+    return hidden_states_shape(x)
+
+
 def _contiguous(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
     # Not new_empty: the answer is contiguous whatever the strides of the input.
     return torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -155,6 +174,8 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "encoder_layer": hidden_states_shape,
     "decoder_layer": decoder_layer_shape,
     "decoder_layer_static_cache": hidden_states_shape,
+    "decoder_layers": decoder_layers_shape,
+    "decoder_layers_static_cache": _second_shape,
     "run_codes": run_codes_shape,
 }
 
@@ -165,4 +186,5 @@ _definitions = Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _definitions.define(_name + _schema, tags=TAGS)
     _definitions.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
-    register_fake(f"{NAMESPACE}::{_name}", _SHAPES[_name])
+    if _name in _SHAPES:  # one that answers numbers about tensors is for no graph
+        register_fake(f"{NAMESPACE}::{_name}", _SHAPES[_name])

@@ -39,6 +39,9 @@ _OPERATORS = frozenset(
         "encoder_layer",
         "decoder_layer",
         "decoder_layer_static_cache",
+        "hold_decoder_layers",
+        "decoder_layers",
+        "decoder_layers_static_cache",
         "run_codes",
     }
 )
@@ -93,6 +96,13 @@ def set_instruction_set(name: str) -> None:
     _choose(library, name)
 
 
+def release_decoder_layers(number: int) -> None:
+    """Forget the layers of a number that the operator ``hold_decoder_layers`` has answered; not loaded, do nothing."""
+    library = _state().library
+    if library is not None:
+        library.mono_quant_release_decoder_layers(number)
+
+
 def is_switched_off() -> bool:
     """Say whether the environment keeps the library from being loaded."""
     return os.environ.get(SWITCH) == "0"
@@ -126,6 +136,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function.argtypes = []
     library.mono_quant_set_isa.restype = ctypes.c_int
     library.mono_quant_set_isa.argtypes = [ctypes.c_char_p]
+    library.mono_quant_release_decoder_layers.restype = None
+    library.mono_quant_release_decoder_layers.argtypes = [ctypes.c_int64]
     return library
 
 

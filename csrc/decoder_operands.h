@@ -1,0 +1,174 @@
+// Operands of the operators that run layers of decoders.
+#pragma once
+
+#include "decoder_run.h"
+#include "layer_operands.h"
+
+namespace mono_quant {
+
+constexpr int64_t kDecoderLinears = 7, kDecoderNorms = 2;
+constexpr int64_t kDecoderTensors = kDecoderLinears * kTensorsEach + kDecoderNorms;
+
+// Sizes and numbers that all layers of a decoder share.
+struct DecoderShape {
+  int64_t width, heads, key_heads, depth;
+  Activation activation;
+};
+
+inline void check_heads(const DecoderShape& s) {
+  check(s.width > 0 && s.key_heads > 0 && s.depth > 0 && s.depth % 2 == 0, "the heads have no even depth");
+  check(s.heads > 0 && s.heads % s.key_heads == 0, "the heads are not a multiple of the heads of keys");
+}
+
+// The kDecoderTensors of a layer, from `at` on.
+inline void take_weights(std::vector<Tensor>& weights, int64_t at, const DecoderShape& shape, DecoderLayer* layer) {
+  PackedLayer* const layers[] = {&layer->query, &layer->key, &layer->value, &layer->output,
+                                 &layer->gate,  &layer->up,  &layer->down};
+  const int64_t queries = shape.heads * shape.depth, keys = shape.key_heads * shape.depth;
+  for (int64_t i = 0; i < kDecoderLinears; ++i) {
+    const int64_t inputs = i == 3 ? queries : i == 6 ? layer->up.outputs : shape.width;
+    *layers[i] = take_layer(weights, at + i * kTensorsEach, inputs, i == 4 ? shape.activation : kNone);
+    const int64_t outputs = i == 0 ? queries : i < 3 ? keys : i == 4 || i == 5 ? layers[4]->outputs : shape.width;
+    check(layers[i]->outputs == outputs, "a layer of the decoder has another width");
+    check(inputs <= kDeepestLayer, "a layer of the decoder is too deep for one call");
+  }
+  Tensor* const norms = &weights[(size_t)(at + kDecoderLinears * kTensorsEach)];
+  for (int64_t i = 0; i < kDecoderNorms; ++i) {
+    expect(norms[i], "the norm's weight", aoti_torch_dtype_float32(), shape.width);
+  }
+  layer->attention_norm = norms[0].data<float>();
+  layer->output_norm = norms[1].data<float>();
+}
+
+// Angles [samples or 1, length, depth].
+inline const float* take_angles(Tensor& t, const DecoderArgs& a, int64_t* stride) {
+  const bool fits = t.dim() == 3 && (t.size(0) == 1 || t.size(0) == a.samples) && t.size(1) == a.length &&
+                    t.size(2) == a.depth && t.dtype() == aoti_torch_dtype_float32();
+  check(fits, "the angles must be float32 [samples or 1, length, depth]");
+  t.make_contiguous();
+  *stride = t.size(0) == 1 ? 0 : a.length * a.depth;
+  return t.data<float>();
+}
+
+// What the layers have in common and the cache takes no part in.
+inline void take_inputs(Tensor& x, Tensor& cosine, Tensor& sine, const DecoderShape& shape, DecoderArgs* a) {
+  check(x.dim() == 3 && x.dtype() == aoti_torch_dtype_float32(), "decoder layers take float32 [samples, length, width]");
+  x.make_contiguous();
+  a->x = x.data<float>();
+  a->samples = x.size(0);
+  a->length = x.size(1);
+  a->width = x.size(2);
+  check(a->width == shape.width, "the input has another width than the layers");
+  a->heads = shape.heads;
+  a->key_heads = shape.key_heads;
+  a->depth = shape.depth;
+  int64_t sine_stride = 0;
+  a->cosine = take_angles(cosine, *a, &a->angle_stride);
+  a->sine = take_angles(sine, *a, &sine_stride);
+  check(sine_stride == a->angle_stride, "cosine and sine have different shapes");
+}
+
+// Keys or values of the past [samples, key heads, past, depth], rows and their elements side by side.
+inline const float* take_past(Tensor& t, const DecoderArgs& a) {
+  const bool fits = t.dim() == 4 && t.size(0) == a.samples && t.size(1) == a.key_heads && t.size(3) == a.depth &&
+                    t.dtype() == aoti_torch_dtype_float32();
+  check(fits, "keys and values must be float32 [samples, key heads, length, depth]");
+  if (t.numel() > 0 && (t.stride(3) != 1 || t.stride(2) != a.depth)) t.make_contiguous();
+  return t.data<float>();
+}
+
+// A cache that grows: keys and values of the past, and new tensors with room for those of `x` behind them.
+inline void take_growing_cache(Tensor& past_keys, Tensor& past_values, const DecoderArgs& a, DecoderLayer* layer,
+                               Tensor* keys, Tensor* values) {
+  layer->past_keys = take_past(past_keys, a);
+  layer->past_values = take_past(past_values, a);
+  check(past_keys.size(2) == past_values.size(2), "keys and values have different lengths");
+  if (past_keys.stride(0) != past_values.stride(0) || past_keys.stride(1) != past_values.stride(1)) {
+    past_keys.make_contiguous();
+    past_values.make_contiguous();
+    layer->past_keys = past_keys.data<float>();
+    layer->past_values = past_values.data<float>();
+  }
+  layer->past_sample_stride = past_keys.stride(0);
+  layer->past_head_stride = past_keys.stride(1);
+  layer->past = past_keys.size(2);
+  layer->seen = layer->past + a.length;
+  *keys = Tensor::empty({a.samples, a.key_heads, layer->seen, a.depth}, aoti_torch_dtype_float32());
+  *values = Tensor::empty({a.samples, a.key_heads, layer->seen, a.depth}, aoti_torch_dtype_float32());
+  layer->keys = keys->mutable_data<float>();
+  layer->values = values->mutable_data<float>();
+  layer->head_stride = layer->seen * a.depth;
+  layer->sample_stride = a.key_heads * layer->head_stride;
+}
+
+// Keys or values of a static cache: written in place, so they cannot be copied into order.
+inline float* take_places(const Tensor& t, const DecoderArgs& a) {
+  const bool fits = t.dim() == 4 && t.size(0) == a.samples && t.size(1) == a.key_heads && t.size(3) == a.depth &&
+                    t.dtype() == aoti_torch_dtype_float32();
+  check(fits, "keys and values must be float32 [samples, key heads, capacity, depth]");
+  check(t.numel() == 0 || (t.stride(3) == 1 && t.stride(2) == a.depth), "the rows of keys and values must be dense");
+  return t.mutable_data<float>();
+}
+
+// The number of keys up to the last that a row of the mask [.., capacity] shows, at least `keys`.
+inline int64_t last_seen(const Tensor& mask, int64_t keys) {
+  if (mask.dim() != 4) return keys;
+  const bool boolean = is_boolean_mask(mask);
+  const bool* shown = boolean ? mask.data<bool>() : nullptr;
+  const float* added = boolean ? nullptr : mask.data<float>();
+  for (int64_t s = 0; s < mask.size(0); ++s) {
+    for (int64_t r = 0; r < mask.size(2); ++r) {
+      const int64_t row = s * mask.stride(0) + r * mask.stride(2);
+      for (int64_t i = mask.size(3); i-- > keys;) {
+        const int64_t at = row + i * mask.stride(3);
+        if (boolean ? shown[at] : added[at] != -__builtin_inff()) keys = i + 1;
+      }
+    }
+  }
+  return keys;
+}
+
+// A cache with room for all tokens, `position` of which are there.
+inline void take_static_cache(const Tensor& keys, const Tensor& values, const Tensor& position, const Tensor& mask,
+                              const DecoderArgs& a, DecoderLayer* layer) {
+  layer->keys = take_places(keys, a);
+  layer->values = take_places(values, a);
+  const bool alike = keys.size(2) == values.size(2) && keys.stride(0) == values.stride(0) &&
+                     keys.stride(1) == values.stride(1);
+  check(alike, "keys and values must have the same length and strides");
+  check(position.numel() == 1 && position.dtype() == aoti_torch_dtype_int64(), "the position must be one int64");
+  const int64_t capacity = keys.size(2);
+  layer->past = *position.data<int64_t>();
+  if (layer->past < 0 || layer->past + a.length > capacity) {
+    fail("a cache for " + std::to_string(capacity) + " tokens got " + std::to_string(a.length) + " at position " +
+         std::to_string(layer->past) + "; make it larger, or reset it");
+  }
+  layer->past_keys = layer->past_values = nullptr;
+  layer->sample_stride = keys.stride(0);
+  layer->head_stride = keys.stride(1);
+  layer->seen = layer->past + a.length;
+  if (mask && !a.causal) layer->seen = last_seen(mask, layer->seen);
+}
+
+// Runs the layers; `columns` is how many keys a mask has a column for.
+inline Tensor run_decoder(DecoderArgs* a, const std::vector<DecoderLayer>& layers, const Tensor& mask,
+                          int64_t columns) {
+  int64_t seen = 0;
+  for (const DecoderLayer& layer : layers) seen = larger(seen, layer.seen);
+  std::vector<float> mask_values;
+  if (mask) {
+    mask_values = additive_mask(mask, a->samples, a->length, columns, seen, &a->mask_rows);
+    a->mask = mask_values.data();
+    a->mask_stride = round_up(seen, kMaskColumns);
+  }
+  Tensor out = Tensor::empty({a->samples, a->length, a->width}, aoti_torch_dtype_float32());
+  if (out.numel() > 0) {
+    a->out = out.mutable_data<float>();
+    DecoderRun(*a, layers).run();
+  } else if (a->samples > 0 && seen > 0) {
+    fail("decoder layers got no tokens");
+  }
+  return out;
+}
+
+}  // namespace mono_quant
