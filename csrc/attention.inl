@@ -171,6 +171,11 @@ void direct_scores(const AttentionArgs& p, const float* q, int64_t columns, int6
     const int64_t rows = mono_quant::smaller(kLanes, p.keys - key);
     F32 sum[2][kRows];
     for (int r = 0; r < kRows; ++r) sum[0][r] = sum[1][r] = splat(0.f);
+    // The next block, in its order in memory: blocks are read a column of vectors at a time, which no processor foresees.
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* next = p.k + (key + kLanes + i) * p.k_stride;
+      for (int64_t d = 0; d < p.depth; d += 64 / (int64_t)sizeof(float)) __builtin_prefetch(next + d);
+    }
     for (int64_t d = 0; d < p.depth && rows > 0; d += kLanes) {
       I32 block[kLanes];
       load_transposed((const char*)(p.k + key * p.k_stride + d), p.k_stride * 4, rows, (p.depth - d) * 4, block);

@@ -109,7 +109,9 @@ class Division {
     const int64_t row_parts = columns > 1 ? smaller(threads, larger(1, rows / 64)) : smaller(rows, wanted);
     row_step_ = (rows + row_parts - 1) / larger(row_parts, 1);
     const int64_t col_parts = columns > 1 ? larger(1, wanted / row_parts) : 1;
-    col_step_ = columns > 1 ? round_up((columns + col_parts - 1) / col_parts, 64) : 1;
+    // Few rows take as long as their weights: even pieces matter more than whole tiles.
+    const int64_t whole = rows <= 4 ? 32 : 64;
+    col_step_ = columns > 1 ? round_up((columns + col_parts - 1) / col_parts, whole) : 1;
     across_ = (columns + col_step_ - 1) / col_step_;
   }
   int64_t pieces() const { return rows_ == 0 ? 0 : (rows_ + row_step_ - 1) / row_step_ * across_; }

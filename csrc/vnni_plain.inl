@@ -28,10 +28,11 @@ inline void store_sums(__m128i sums, int64_t count, int64_t apart, int32_t* to) 
   for (int64_t c = 0; c < count; ++c) to[c * apart] = sum[c];
 }
 
-// kRows code rows x `columns` weight rows, at most four, that are `apart`; for a missing one the first is met again.
+// kRows code rows x `columns` weight rows, at most four, that are `apart`; for a missing one the first is met again. These
+// are the rows of number `at` of four streams of `apart` rows: behind its end, each goes on with that of the next tile.
 template <int kRows>
 void plain_product(const uint8_t* a, int64_t lda, const int8_t* weight, int64_t k, int64_t columns, int64_t apart,
-                   int32_t* tile, int32_t* column_sum) {
+                   int64_t at, int32_t* tile, int32_t* column_sum) {
   const __m512i ones = _mm512_set1_epi8(1);
   const int8_t* row[kPlainColumns];
   __m512i sum[kRows][kPlainColumns], total[kPlainColumns];
@@ -42,13 +43,15 @@ void plain_product(const uint8_t* a, int64_t lda, const int8_t* weight, int64_t 
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) sum[r][c] = _mm512_setzero_si512();
   }
+  const int64_t turn = (apart - at) * k - kAhead, next_tile = (kPlainColumns - 1) * apart * k;
   for (int64_t i = 0; i < k; i += 64) {
+    const int64_t ahead = i + kAhead + (i < turn ? 0 : next_tile);
     const __mmask64 mask = k - i >= 64 ? ~0ull : (1ull << (k - i)) - 1;
     __m512i w[kPlainColumns];
 #pragma GCC unroll 4
     for (int c = 0; c < kPlainColumns; ++c) {
       w[c] = _mm512_maskz_loadu_epi8(mask, row[c] + i);
-      if (kRows <= 2) _mm_prefetch((const char*)row[c] + i + 2048, _MM_HINT_T0);
+      if (kRows <= 2) _mm_prefetch((const char*)row[c] + ahead, _MM_HINT_T0);
       add_products(&total[c], ones, w[c]);
     }
 #pragma GCC unroll 4
@@ -77,16 +80,16 @@ void plain_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* weigh
       const uint8_t* x = a + r * lda;
       int32_t* to = tile + r * kTileCols + c;
       if (left == 3 || left > 4) {
-        plain_product<3>(x, lda, from, k, count, apart, to, column_sum + c);
+        plain_product<3>(x, lda, from, k, count, apart, c, to, column_sum + c);
         r += 3;
       } else if (left == 4) {
-        plain_product<4>(x, lda, from, k, count, apart, to, column_sum + c);
+        plain_product<4>(x, lda, from, k, count, apart, c, to, column_sum + c);
         r += 4;
       } else if (left == 2) {
-        plain_product<2>(x, lda, from, k, count, apart, to, column_sum + c);
+        plain_product<2>(x, lda, from, k, count, apart, c, to, column_sum + c);
         r += 2;
       } else {
-        plain_product<1>(x, lda, from, k, count, apart, to, column_sum + c);
+        plain_product<1>(x, lda, from, k, count, apart, c, to, column_sum + c);
         r += 1;
       }
     }

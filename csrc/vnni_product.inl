@@ -16,6 +16,9 @@ inline void add_products(__m512i* sum, __m512i x, __m512i w) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(x), "v"(w));
 }
 
+// How far ahead of the products weights are fetched, in bytes of each panel.
+constexpr int64_t kAhead = 2048;
+
 // `steps` groups of 4 in depth. For a single row two sets of sums break the dependency chains.
 template <int kRows, int kPanels>
 void product(const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel_bytes, int64_t steps, int32_t* tile) {
@@ -25,20 +28,25 @@ void product(const uint8_t* a, int64_t lda, const int8_t* b, int64_t panel_bytes
 #pragma GCC unroll 4
     for (int c = 0; c < kPanels; ++c) acc[r][c] = _mm512_setzero_si512();
   }
+  // Few rows wait for the weights. Behind the end of its panel each stream goes on with that of the next tile.
+  const int64_t turn = kRows <= 2 ? mono_quant::larger(0, steps - kAhead / 64) : steps;
+  for (int64_t part = 0, s = 0; part < 2; ++part) {
+    const int64_t end = part == 0 ? turn : steps, ahead = kAhead + (part == 0 ? 0 : (kPanels - 1) * panel_bytes);
 #pragma GCC unroll 2
-  for (int64_t s = 0; s < steps; ++s) {
-    __m512i w[kPanels];
+    for (; s < end; ++s) {
+      __m512i w[kPanels];
 #pragma GCC unroll 4
-    for (int c = 0; c < kPanels; ++c) {
-      const int8_t* from = b + c * panel_bytes + s * 64;
-      w[c] = _mm512_loadu_si512(from);
-      if (kRows <= 2) _mm_prefetch((const char*)from + 2048, _MM_HINT_T0);
-    }
+      for (int c = 0; c < kPanels; ++c) {
+        const int8_t* from = b + c * panel_bytes + s * 64;
+        w[c] = _mm512_loadu_si512(from);
+        if (kRows <= 2) _mm_prefetch((const char*)from + ahead, _MM_HINT_T0);
+      }
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i x = broadcast4(a + r * lda + s * 4);
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i x = broadcast4(a + r * lda + s * 4);
 #pragma GCC unroll 4
-      for (int c = 0; c < kPanels; ++c) add_products(&acc[r][c], x, w[c]);
+        for (int c = 0; c < kPanels; ++c) add_products(&acc[r][c], x, w[c]);
+      }
     }
   }
 #pragma GCC unroll 6
