@@ -27,7 +27,7 @@ from transformers import (
 import mono_quant
 from mono_quant import ops
 from mono_quant.errors import ConfigurationError
-from mono_quant.modules import FusedLayer, compiled_layer, fused_layer, restore_layers
+from mono_quant.modules import FusedLayer, LayerStack, compiled_layer, fused_layer, layer_stack, restore_layers
 from mono_quant.ops import native
 from tests.ops.operands import same_bits
 
@@ -40,8 +40,11 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def native_backend() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=["together", "one by one"])
+def native_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All layers of a model in one call, and each in its own."""
+    if request.param == "one by one":
+        monkeypatch.setattr(layer_stack, "_STACKS", {})
     with ops.use_backend("native"):
         yield
 
@@ -111,6 +114,13 @@ def compiled_logits(compiled: Any, *args: Any, **kwargs: Any) -> Tensor:
     with torch.no_grad():
         answer: Tensor = compiled(*args, **kwargs).logits
     return answer
+
+
+def numbers(model: Any) -> list[int]:
+    """Answer the numbers by which graphs call the layers of ``model``."""
+    if isinstance(model.model, LayerStack):
+        return [model.model.number]
+    return [layer.number for layer in model.model.layers]
 
 
 @pytest.fixture
@@ -258,12 +268,17 @@ class TestTheParts:
 
 
 class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def forget_graphs(self) -> Iterator[None]:
+        yield
+        torch._dynamo.reset()  # or those of other tests would count as graphs of these models
+
     def test_layers_run_whole(self, model: Any, graph_calls: list[int]) -> None:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for cache in (None, DynamicCache()):
             answer = compiled_logits(compiled, words(), past_key_values=cache, use_cache=cache is not None)
             assert same_bits(answer, logits(model, words())[0])
-        assert graph_calls == [layer.number for layer in model.model.layers] * 2
+        assert graph_calls == numbers(model) * 2
 
     def test_a_static_cache_is_written_in_place(self, model: Any, graph_calls: list[int]) -> None:
         ids, cache = words(), StaticCache(model.config, max_cache_len=32)
@@ -274,7 +289,7 @@ class TestCompiled:
         for at in range(6, ids.shape[1]):
             answer = compiled_logits(compiled, ids[:, at : at + 1], past_key_values=cache, use_cache=True)
             assert close(answer[:, -1], whole[:, at])
-        assert len(graph_calls) == 2 * (ids.shape[1] - 6)
+        assert graph_calls == numbers(model) * (ids.shape[1] - 6)
         assert [layer.keys.data_ptr() for layer in cache.layers] == places
         assert [int(layer.cumulative_length) for layer in cache.layers] == [ids.shape[1]] * 2
 
@@ -299,11 +314,10 @@ class TestCompiled:
 
     def test_copies_call_their_own_layers(self, model: Any, graph_calls: list[int]) -> None:
         twin = copy.deepcopy(model)
-        numbers = [layer.number for m in (model, twin) for layer in m.model.layers]
-        assert len(set(numbers)) == 4
+        assert not set(numbers(model)) & set(numbers(twin))
         compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
         assert same_bits(compiled_logits(compiled, words()), logits(twin, words())[0])
-        assert graph_calls == numbers[2:]
+        assert graph_calls == numbers(twin)
 
     @pytest.mark.filterwarnings("ignore:mono_quant..linear_dynamic:UserWarning")
     def test_with_gradients_they_run_part_by_part(

@@ -27,7 +27,7 @@ class _Held:
     heads: int
     sizes: tuple[int, int]
     scale: float
-    eps: tuple[Sequence[float], ...]
+    eps: tuple[tuple[float, float], ...]
     activation: str
 
 
@@ -67,7 +67,9 @@ def hold_decoder_layers(
         raise InputError(f"got {len(weights)} weights and {len(eps)} eps, expected {WEIGHTS} and {_EPS} for each layer")
     number = next(_numbers)
     each = tuple(weights[at : at + WEIGHTS] for at in range(0, len(weights), WEIGHTS))
-    _held[number] = _Held(each, heads, (key_heads, depth), scale, tuple(zip(eps[::2], eps[1::2], strict=True)), activation)
+    _held[number] = _Held(
+        each, heads, (key_heads, depth), scale, tuple(zip(eps[::2], eps[1::2], strict=True)), activation
+    )
     return number
 
 
@@ -103,10 +105,12 @@ def decoder_layers(
     """
     layers = _layers(held, past_keys, past_values)
     keys, values = [], []
-    for weights, eps, *past in zip(layers.weights, layers.eps, past_keys, past_values, strict=True):
+    each = zip(layers.weights, layers.eps, past_keys, past_values, strict=True)
+    for weights, (first, second), held_keys, held_values in each:
         x, grown_keys, grown_values = decoder_layer(
-            x, *past, cosine, sine, mask, weights, layers.heads, layers.scale, *eps, causal, layers.activation
-        )
+            x, held_keys, held_values, cosine, sine, mask, weights, layers.heads, layers.scale, first, second, causal,
+            layers.activation,
+        )  # fmt: skip
         keys.append(grown_keys)
         values.append(grown_values)
     return x, keys, values
@@ -136,10 +140,12 @@ def decoder_layers_static_cache(
         InputError: There are no layers of this number, a size does not fit, or a cache has no room.
     """
     layers = _layers(held, keys, values)
-    for weights, eps, *cache in zip(layers.weights, layers.eps, keys, values, positions, strict=True):
+    each = zip(layers.weights, layers.eps, keys, values, positions, strict=True)
+    for weights, (first, second), held_keys, held_values, position in each:
         x = decoder_layer_static_cache(
-            x, *cache, cosine, sine, mask, weights, layers.heads, layers.scale, *eps, causal, layers.activation
-        )
+            x, held_keys, held_values, position, cosine, sine, mask, weights, layers.heads, layers.scale, first, second,
+            causal, layers.activation,
+        )  # fmt: skip
     return x
 
 
