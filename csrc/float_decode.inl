@@ -52,30 +52,39 @@ inline FloatScratch carve_float(const FloatLinearArgs& p, int64_t rows, char* ba
 
 int64_t float_linear_scratch_bytes(const FloatLinearArgs& p, int64_t rows) { return carve_float(p, rows, nullptr).bytes; }
 
-// The next value of a dword of codes; the dword is shifted on to the one after.
+// What the stored value is more than the code: codes of 8 bits are stored 128 too high.
 template <int kBits>
-inline F32 next_value(I32* t);
+constexpr float kStoredOffset = kBits == 8 ? 128.f : 0.f;
+
+// The next stored value of a dword, which is shifted on to the one after.
+template <int kBits>
+inline F32 next_stored(I32* t);
 
 template <>
-inline F32 next_value<4>(I32* t) {
+inline F32 next_stored<4>(I32* t) {
   const F32 v = low_nibble(*t);
   *t = shift_right<4>(*t);
   return v;
 }
 
-// The codes are stored 128 too high: flipping the byte's top bit makes them signed.
 template <>
-inline F32 next_value<8>(I32* t) {
-  const F32 v = to_f32(low_byte(exclusive_or(*t, splat_i32(0x80))));
+inline F32 next_stored<8>(I32* t) {
+  const F32 v = to_f32(and_i32(*t, splat_i32(255)));
   *t = shift_right<8>(*t);
   return v;
 }
 
 template <>
-inline F32 next_value<16>(I32* t) {
+inline F32 next_stored<16>(I32* t) {
   const F32 v = low_half(*t);
   *t = shift_right<16>(*t);
   return v;
+}
+
+template <int kBits>
+inline F32 next_value(I32* t) {
+  const F32 v = next_stored<kBits>(t);
+  return kStoredOffset<kBits> == 0 ? v : sub(v, splat(kStoredOffset<kBits>));
 }
 
 // Codes of columns [col, col + kFloatCols) and of the chains' inputs, less the zero points, as panel[k][column] from
@@ -125,13 +134,15 @@ void decode_groups(const FloatLinearArgs& p, int64_t col, int64_t cols, const Fl
     for (int64_t g = 0; g < groups; g += kLanes) {
       I32 t[kLanes];
       load_transposed((const char*)(p.weight_scale + first + g), groups * 4, rows, (groups - g) * 4, t);
-      for (int64_t i = 0; i < kLanes; ++i) store_f32(s.scale + (g + i) * kFloatCols + half, bits_to_f32(t[i]));
+      for (int64_t i = 0; i < kLanes && g + i < groups; ++i) {
+        store_f32(s.scale + (g + i) * kFloatCols + half, bits_to_f32(t[i]));
+      }
     }
     if (!p.weight_zero_point) continue;
     for (int64_t g = 0; g < groups; g += 4 * kLanes) {
       I32 t[kLanes];
       load_transposed((const char*)(p.weight_zero_point + first + g), groups, rows, groups - g, t);
-      for (int64_t i = 0; i < kLanes; ++i) {
+      for (int64_t i = 0; i < kLanes && g + i * 4 < groups; ++i) {
         for (int64_t j = 0; j < 4; ++j, t[i] = shift_right<8>(t[i])) {
           store_f32(s.zero_point + (g + i * 4 + j) * kFloatCols + half, to_f32(low_byte(t[i])));
         }

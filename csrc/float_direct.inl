@@ -3,82 +3,109 @@
 
 namespace {
 
-// Few rows: values go from register to multiply-add without passing through the panel, four chains side by side to hide
-// the latency, one vector of columns along all whole blocks of the depth so that each weight row is read as a stream.
-// Same sums in the same order as float_product.
-template <int kBits, int kRows>
-void float_product_direct(const FloatLinearArgs& p, int64_t col, int64_t cols, int64_t half, const float* x,
-                          int64_t ldx, int64_t group_size, int64_t blocks, const FloatScratch& s, float* total) {
-  constexpr int64_t kPerDword = 32 / kBits, kPerChain = kChain / kPerDword, kBlockBytes = kDecodeDepth * kBits / 8;
-  const int64_t rows = mono_quant::smaller(kLanes, cols - half), row_bytes = p.row_bytes;
-  const char* weight = (const char*)p.weight + (col + half) * row_bytes;
-  const float* scales = s.scale + half;
-  const float* zero_points = p.weight_zero_point ? s.zero_point + half : nullptr;
-  F32 sum[kRows];
+// A vector of columns from `weight` on, and where the sums for it go.
+struct DirectColumns {
+  const char* weight;
+  int64_t row_bytes, rows;
+  const float *scales, *zero_points;  // [groups], kFloatCols apart
+  int64_t group_size;
+};
+
+// kChains chains from input `k` on, side by side to hide the latency, their values from register to multiply-add.
+template <int kBits, int kRows, int kChains, bool kZeroPoints>
+inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, int64_t k, F32* sum) {
+  constexpr int64_t kPerDword = 32 / kBits, kPerChain = kChain / kPerDword, kDwords = kChains * kPerChain;
+  const char* weight = c.weight + k * kBits / 8;
+  I32 t[(kDwords + kLanes - 1) / kLanes * kLanes];
+  for (int64_t d = 0; d < kDwords; d += kLanes) {
+    load_transposed(weight + d * 4, c.row_bytes, c.rows, (kDwords - d) * 4, t + d);
+  }
+  F32 part[kChains][kRows], zero_point[kChains];
+  int64_t group[kChains];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) sum[r] = load_f32(total + r * kFloatCols + half);
-  for (int64_t block = 0; block < blocks; ++block, weight += kBlockBytes, x += kDecodeDepth) {
-    I32 t[4 * kPerChain];
-    // Every row is a stream of its own, too many for the processor to foresee. Into the second level only: rows whose
-    // length is a power of two fall into few sets of the first.
-    for (int64_t r = 0; r < rows; ++r) {
-      const char* ahead = weight + r * row_bytes + kPrefetchBytes;
-      for (int64_t b = 0; b < kBlockBytes; b += 64) __builtin_prefetch(ahead + b, 0, 2);
-    }
-    for (int64_t d = 0; d < 4 * kPerChain; d += kLanes) {
-      load_transposed(weight + d * 4, row_bytes, rows, kBlockBytes - d * 4, t + d);
-    }
-    F32 part[4][kRows], zero_point[4];
-    int64_t group[4];
+  for (int i = 0; i < kChains; ++i) {
+    group[i] = (k + i * kChain) / c.group_size * kFloatCols;
+    zero_point[i] = splat(kStoredOffset<kBits>);
+    if (kZeroPoints) zero_point[i] = add(zero_point[i], load_f32(c.zero_points + group[i]));
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      group[i] = (block * kDecodeDepth + i * kChain) / group_size * kFloatCols;
-      zero_point[i] = zero_points ? load_f32(zero_points + group[i]) : splat(0.f);
+    for (int r = 0; r < kRows; ++r) part[i][r] = splat(0.f);
+  }
+  x += k;
+  for (int64_t d = 0; d < kPerChain; ++d) {
+    I32 now[kChains];
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) part[i][r] = splat(0.f);
-    }
-    for (int64_t d = 0; d < kPerChain; ++d) {
-      I32 now[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) now[i] = t[i * kPerChain + d];
+    for (int i = 0; i < kChains; ++i) now[i] = t[i * kPerChain + d];
 #pragma GCC unroll 8
-      for (int64_t j = 0; j < kPerDword; ++j) {
+    for (int64_t j = 0; j < kPerDword; ++j) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          F32 v = next_value<kBits>(&now[i]);
-          if (kBits != 16 && zero_points) v = sub(v, zero_point[i]);
+      for (int i = 0; i < kChains; ++i) {
+        F32 v = next_stored<kBits>(&now[i]);
+        if (kZeroPoints || kStoredOffset<kBits> != 0) v = sub(v, zero_point[i]);
 #pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) {
-            part[i][r] = fma(splat(x[r * ldx + i * kChain + d * kPerDword + j]), v, part[i][r]);
-          }
+        for (int r = 0; r < kRows; ++r) {
+          part[i][r] = fma(splat(x[r * ldx + i * kChain + d * kPerDword + j]), v, part[i][r]);
         }
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        sum[r] = kBits == 16 ? add(sum[r], part[i][r]) : fma(part[i][r], load_f32(scales + group[i]), sum[r]);
       }
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) store_f32(total + r * kFloatCols + half, sum[r]);
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) {
+      sum[r] = kBits == 16 ? add(sum[r], part[i][r]) : fma(part[i][r], load_f32(c.scales + group[i]), sum[r]);
+    }
+  }
 }
 
-// The depth done: all whole blocks, if there are few rows and chains of 32 throughout; else nothing.
+// Few rows: one vector of columns along all whole chains. Same sums in the same order as float_product.
+template <int kBits, int kRows, bool kZeroPoints>
+void float_product_direct(const DirectColumns& c, const float* x, int64_t ldx, int64_t depth, float* total) {
+  // The rows of the next vector of columns are fetched in their order in memory: the rows at hand are read across, as
+  // many streams as there are lanes, which no processor foresees. Into the second level: they are a tile away.
+  const char* ahead = c.weight + kLanes * c.row_bytes;
+  const int64_t blocks = mono_quant::larger(1, depth / (4 * kChain));
+  const int64_t share = mono_quant::round_up(kLanes * c.row_bytes / blocks, 64);
+  F32 sum[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) sum[r] = load_f32(total + r * kFloatCols);
+  int64_t k = 0;
+  for (; k + 4 * kChain <= depth; k += 4 * kChain) {
+    for (const char* end = ahead + share; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    direct_chains<kBits, kRows, 4, kZeroPoints>(c, x, ldx, k, sum);
+  }
+  if (k + 2 * kChain <= depth) {
+    direct_chains<kBits, kRows, 2, kZeroPoints>(c, x, ldx, k, sum);
+    k += 2 * kChain;
+  }
+  if (k < depth) direct_chains<kBits, kRows, 1, kZeroPoints>(c, x, ldx, k, sum);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) store_f32(total + r * kFloatCols, sum[r]);
+}
+
+template <int kBits, bool kZeroPoints>
+void float_rows_direct(int64_t rows, const DirectColumns& c, const float* x, int64_t ldx, int64_t depth, float* total) {
+  if (rows == 1) float_product_direct<kBits, 1, kZeroPoints>(c, x, ldx, depth, total);
+  else if (rows == 2) float_product_direct<kBits, 2, kZeroPoints>(c, x, ldx, depth, total);
+  else if (rows == 3) float_product_direct<kBits, 3, kZeroPoints>(c, x, ldx, depth, total);
+  else float_product_direct<kBits, 4, kZeroPoints>(c, x, ldx, depth, total);
+}
+
+// The depth done: all whole chains, if there are few rows and chains of 32 throughout; else nothing.
 template <int kBits>
 int64_t float_direct(const FloatLinearArgs& p, int64_t col, int64_t cols, const float* x, int64_t ldx, int64_t rows,
                      int64_t group_size, const FloatScratch& s) {
   if (rows > kDirectRows || (group_size % kChain != 0 && group_size != p.k)) return 0;
-  const int64_t blocks = p.k / kDecodeDepth;
+  const int64_t depth = p.k / kChain * kChain;
   for (int64_t half = 0; half < cols && half < kFloatCols; half += kLanes) {
-    if (rows == 1) float_product_direct<kBits, 1>(p, col, cols, half, x, ldx, group_size, blocks, s, s.total);
-    else if (rows == 2) float_product_direct<kBits, 2>(p, col, cols, half, x, ldx, group_size, blocks, s, s.total);
-    else if (rows == 3) float_product_direct<kBits, 3>(p, col, cols, half, x, ldx, group_size, blocks, s, s.total);
-    else float_product_direct<kBits, 4>(p, col, cols, half, x, ldx, group_size, blocks, s, s.total);
+    const DirectColumns c = {(const char*)p.weight + (col + half) * p.row_bytes, p.row_bytes,
+                             mono_quant::smaller(kLanes, cols - half), s.scale + half, s.zero_point + half, group_size};
+    if (kBits != 16 && p.weight_zero_point) {
+      float_rows_direct<kBits, kBits != 16>(rows, c, x, ldx, depth, s.total + half);
+    } else {
+      float_rows_direct<kBits, false>(rows, c, x, ldx, depth, s.total + half);
+    }
   }
-  return blocks * kDecodeDepth;
+  return depth;
 }
 
 }  // namespace

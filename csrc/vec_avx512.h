@@ -116,7 +116,7 @@ inline void load_transposed(const char* p, int64_t stride, int64_t rows, int64_t
 
 template <int kBits>
 inline I32 shift_right(I32 a) { return _mm512_srli_epi32(a, kBits); }
-inline I32 exclusive_or(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
+inline I32 and_i32(I32 a, I32 b) { return _mm512_and_si512(a, b); }
 inline I32 low_byte(I32 a) { return _mm512_srai_epi32(_mm512_slli_epi32(a, 24), 24); }
 // The low four bits, less 8, by table: the permutation looks at no higher bits.
 inline F32 low_nibble(I32 a) {

@@ -108,7 +108,7 @@ inline void load_transposed(const char* p, int64_t stride, int64_t rows, int64_t
 
 template <int kBits>
 inline I32 shift_right(I32 a) { return (I32)((U32)a >> kBits); }
-inline I32 exclusive_or(I32 a, I32 b) { return a ^ b; }
+inline I32 and_i32(I32 a, I32 b) { return a & b; }
 inline I32 low_byte(I32 a) { return (I32)((U32)a << 24) >> 24; }
 // The low four bits, less 8.
 inline F32 low_nibble(I32 a) { return to_f32((a & 15) - 8); }
