@@ -27,10 +27,12 @@ inline void take_weights(std::vector<Tensor>& weights, int64_t at, const Decoder
   const int64_t queries = shape.heads * shape.depth, keys = shape.key_heads * shape.depth;
   for (int64_t i = 0; i < kDecoderLinears; ++i) {
     const int64_t inputs = i == 3 ? queries : i == 6 ? layer->up.outputs : shape.width;
-    *layers[i] = take_layer(weights, at + i * kTensorsEach, inputs, i == 4 ? shape.activation : kNone);
+    const int64_t first = at + i * kTensorsEach;
+    const bool words = weights[(size_t)first].dtype() == aoti_torch_dtype_int32();
+    *layers[i] = (words ? take_words : take_layer)(weights, first, inputs, i == 4 ? shape.activation : kNone);
     const int64_t outputs = i == 0 ? queries : i < 3 ? keys : i == 4 || i == 5 ? layers[4]->outputs : shape.width;
     check(layers[i]->outputs == outputs, "a layer of the decoder has another width");
-    check(inputs <= kDeepestLayer, "a layer of the decoder is too deep for one call");
+    check(words || inputs <= kDeepestLayer, "a layer of the decoder is too deep for one call");
   }
   Tensor* const norms = &weights[(size_t)(at + kDecoderLinears * kTensorsEach)];
   for (int64_t i = 0; i < kDecoderNorms; ++i) {

@@ -1,11 +1,12 @@
 // Layers of a decoder of the Llama family, one after the other: attention with rotary positions and a cache, and a gated
-// feed-forward part, both behind root-mean-square norms, with int8 linear layers.
+// feed-forward part, both behind root-mean-square norms, with linear layers of int8 or of few-bit weights.
 //
 // Many rows are divided into chunks that a thread takes through all steps between two meetings; few rows (one token) are
 // taken through the steps together, each thread with columns of its own, meeting after each step. Threads meet by
 // spinning and take their pieces from counters: one that comes late finds nothing left to do.
 #pragma once
 
+#include <initializer_list>
 #include <vector>
 
 #include "packed_layer.h"
@@ -171,34 +172,42 @@ class DecoderRun {
       case kNormed:
         table_.rms_norm({x, nullptr, p_.width, layer.attention_norm, layer.attention_eps, nullptr, b.normed},
                         piece.begin, piece.end);
-        return quantize(table_, b.normed, p_.width, b.codes, piece);
+        return quantize_for({&layer.query, &layer.key, &layer.value}, b.normed, b.codes, piece);
       case kProjected: {
         const PackedLayer* const layers[] = {&layer.query, &layer.key, &layer.value};
         float* const to[] = {query, b.key, b.value};
-        return multiply_beside(table_, layers, to, 3, b.codes, rows, piece);
+        return multiply_beside(table_, layers, to, 3, b.normed, b.codes, rows, piece);
       }
       case kScattered: return scatter(layer, b, from, piece);
-      case kContext: return quantize(table_, query, layer.query.outputs, b.codes, piece);
-      case kOutput: return multiply(table_, layer.output, b.codes, rows, b.sum, piece);
+      case kContext: return quantize_for({&layer.output}, query, b.codes, piece);
+      case kOutput: return multiply(table_, layer.output, query, b.codes, rows, b.sum, piece);
       case kHidden:
         table_.rms_norm({b.sum, x, p_.width, layer.output_norm, layer.output_eps, b.hidden, b.normed}, piece.begin,
                         piece.end);
-        return quantize(table_, b.normed, p_.width, b.codes, piece);
+        return quantize_for({&layer.gate, &layer.up}, b.normed, b.codes, piece);
       case kGated: {
         const PackedLayer* const layers[] = {&layer.gate, &layer.up};
         float* const to[] = {b.gate, b.up};
-        return multiply_beside(table_, layers, to, 2, b.codes, rows, piece);
+        return multiply_beside(table_, layers, to, 2, b.normed, b.codes, rows, piece);
       }
       case kProduct: {
         const int64_t at = piece.begin * layer.up.outputs;
         table_.multiply(b.gate + at, b.up + at, (piece.end - piece.begin) * layer.up.outputs);
-        return quantize(table_, b.gate, layer.up.outputs, b.codes, piece);
+        return quantize_for({&layer.down}, b.gate, b.codes, piece);
       }
-      case kDown: return multiply(table_, layer.down, b.codes, rows, b.sum, piece);
+      case kDown: return multiply(table_, layer.down, b.gate, b.codes, rows, b.sum, piece);
       default: {
         const int64_t at = piece.begin * p_.width, count = (piece.end - piece.begin) * p_.width;
         return table_.add(b.hidden + at, b.sum + at, p_.out + from * p_.width + at, count);
       }
+    }
+  }
+
+  // The codes of rows `x`, if one of the layers that read them is one of tiles.
+  void quantize_for(std::initializer_list<const PackedLayer*> layers, const float* x, const Codes& to,
+                    const Piece& piece) const {
+    for (const PackedLayer* layer : layers) {
+      if (layer->packed) return quantize(table_, x, layer->inputs, to, piece);
     }
   }
 

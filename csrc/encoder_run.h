@@ -142,7 +142,7 @@ class EncoderRun {
       case 1: {
         const PackedLayer* const layers[] = {&p_.query, &p_.key, &p_.value};
         float* const to[] = {b.query, b.key, b.value};
-        return multiply_beside(table_, layers, to, 3, b.codes, rows, piece);
+        return multiply_beside(table_, layers, to, 3, nullptr, b.codes, rows, piece);
       }
       case 2: return attend(g, b, piece);
       case 3: return quantize(table_, b.context + from * p_.width, p_.width, b.codes, piece);

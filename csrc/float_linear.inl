@@ -67,12 +67,13 @@ inline void float_rows(int64_t rows, const float* x, int64_t ldx, const Chain* c
 }
 
 template <int kType>
-void store_float_row(const float* total, const float* bias, int64_t cols, void* out, int64_t first) {
+void store_float_row(const float* total, const float* bias, mono_quant::Activation activation, int64_t cols, void* out,
+                     int64_t first) {
   for (int64_t c = 0; c < cols; c += kLanes) {
     const int64_t count = mono_quant::smaller(kLanes, cols - c);
     float b[kLanes] = {0};
     if (bias) memcpy(b, bias + c, (size_t)count * 4);
-    const F32 v = add(load_f32(total + c), load_f32(b));
+    const F32 v = activate_by(activation, add(load_f32(total + c), load_f32(b)));
     if (count == kLanes) {
       store_x<kType>(out, first + c, v);
     } else {
@@ -135,7 +136,7 @@ void float_linear_typed(const FloatLinearArgs& p, int64_t row_begin, int64_t row
         }
       }
       for (int64_t r = 0; r < rows; ++r) {
-        store_float_row<kType>(s.total + r * kFloatCols, p.bias ? p.bias + col : nullptr, cols, p.out,
+        store_float_row<kType>(s.total + r * kFloatCols, p.bias ? p.bias + col : nullptr, p.activation, cols, p.out,
                                (row + r) * p.n + col);
       }
     }

@@ -57,6 +57,7 @@ struct FloatLinearArgs {
   const float* weight_scale;  // [n, groups]
   const int8_t* weight_zero_point;  // [n, groups] or null
   const float* bias;
+  Activation activation;
   void* out;
 };
 

@@ -63,7 +63,7 @@ std::vector<DecoderLayer> current_layers(const HeldDecoder& held) {
     PackedLayer* const linears[] = {&layer.query, &layer.key, &layer.value, &layer.output,
                                     &layer.gate,  &layer.up,  &layer.down};
     for (PackedLayer* linear : linears) {
-      linear->weight_scale = floats_now(t[2], linear->outputs);
+      linear->weight_scale = floats_now(t[2], linear->outputs * linear->groups());
       linear->bias = floats_now(t[3], linear->outputs);
       t += kTensorsEach;
     }

@@ -1,4 +1,4 @@
-// What whole layers of transformers are made of: packed linear layers on codes in memory that the threads share, steps
+// What whole layers of transformers are made of: packed linear layers on rows in memory that the threads share, steps
 // divided into pieces, and threads that meet between steps.
 #pragma once
 
@@ -16,13 +16,17 @@
 namespace mono_quant {
 
 struct PackedLayer {
-  const int8_t* packed;
+  const int8_t* packed;  // int8 tiles, multiplied with the codes of rows, or null
   const int32_t* column_sum;
-  const float* weight_scale;
-  const int8_t* weight_zero_point;  // or null
+  const float* weight_scale;  // [outputs, groups]; with tiles a group is all inputs
+  const int8_t* weight_zero_point;  // the same, or null
   const float* bias;
   int64_t inputs, outputs;
   Activation activation;
+  const void* words;  // without tiles: rows of 4- or 8-bit values, multiplied with the rows themselves
+  int bits;
+  int64_t row_bytes, group_size;
+  int64_t groups() const { return packed ? 1 : inputs / group_size; }
 };
 
 // A range of rows and of columns.
@@ -88,14 +92,37 @@ inline void multiply(const KernelTable& table, const PackedLayer& layer, const C
   table.linear(a, piece.begin, piece.end, piece.col_begin, piece.col_end, scratch.get());
 }
 
+// Of rows `x` or, for a layer of tiles, of their codes.
+inline void multiply(const KernelTable& table, const PackedLayer& layer, const float* x, const Codes& codes,
+                     int64_t rows, float* out, const Piece& piece) {
+  if (layer.packed) return multiply(table, layer, codes, rows, out, piece);
+  FloatLinearArgs a = {};
+  a.x = x;
+  a.x_stride = a.k = layer.inputs;
+  a.dtype = kFloat32;
+  a.m = rows;
+  a.n = layer.outputs;
+  a.bits = layer.bits;
+  a.weight = layer.words;
+  a.row_bytes = layer.row_bytes;
+  a.group_size = layer.group_size;
+  a.weight_scale = layer.weight_scale;
+  a.weight_zero_point = layer.weight_zero_point;
+  a.bias = layer.bias;
+  a.activation = layer.activation;
+  a.out = out;
+  const ThreadScratch scratch(table.float_linear_scratch_bytes(a, piece.end - piece.begin));
+  table.float_linear(a, piece.begin, piece.end, piece.col_begin, piece.col_end, scratch.get());
+}
+
 // Layers that read the same rows, their columns side by side, each padded to a multiple of 64.
 inline void multiply_beside(const KernelTable& table, const PackedLayer* const* layers, float* const* out, int count,
-                            const Codes& x, int64_t rows, const Piece& piece) {
+                            const float* x, const Codes& codes, int64_t rows, const Piece& piece) {
   int64_t first = 0;
   for (int i = 0; i < count; ++i) {
     const int64_t begin = larger(piece.col_begin - first, 0);
     const int64_t end = smaller(piece.col_end - first, layers[i]->outputs);
-    if (begin < end) multiply(table, *layers[i], x, rows, out[i], {piece.begin, piece.end, begin, end});
+    if (begin < end) multiply(table, *layers[i], x, codes, rows, out[i], {piece.begin, piece.end, begin, end});
     first += round_up(layers[i]->outputs, 64);
   }
 }

@@ -27,7 +27,15 @@ from transformers import (
 import mono_quant
 from mono_quant import ops
 from mono_quant.errors import ConfigurationError
-from mono_quant.modules import FusedLayer, LayerStack, compiled_layer, fused_layer, layer_stack, restore_layers
+from mono_quant.modules import (
+    FusedLayer,
+    LayerStack,
+    WeightOnlyLinear,
+    compiled_layer,
+    fused_layer,
+    layer_stack,
+    restore_layers,
+)
 from mono_quant.ops import native
 from tests.ops.operands import same_bits
 
@@ -168,6 +176,31 @@ class TestFamilies:
         model = quantized(build(family))
         answer = model.generate(words(), max_new_tokens=5, num_beams=3, do_sample=False)
         assert answer.shape == (2, 14)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 8}, {"bits": 4, "symmetric": True}], ids=str)
+class TestFewBits:
+    def test_layers_run_as_one_call_and_answer_the_same(self, family: str, options: dict[str, Any]) -> None:
+        model = quantized(build(family, hidden_size=96, intermediate_size=160), group_size=32, **options)
+        assert all(isinstance(layer.mlp.gate_proj, WeightOnlyLinear) for layer in model.model.layers)
+        (found, calls), (wanted, none) = logits(model, words()), logits(unfused(model), words())
+        assert (calls, none) == (2, 0)
+        assert close(found, wanted)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            answer, calls = logits(copied, words())
+            assert calls == 2
+            assert same_bits(answer, found)
+
+    def test_int8_and_few_bits_may_be_in_one_layer(self, family: str, options: dict[str, Any]) -> None:
+        model = build(family, hidden_size=96, intermediate_size=160)
+        options = {"bits": options["bits"], "group_size": 32}
+        for skip in (["*.mlp.*"], ["*.self_attn.*", "*.mlp.down_proj"]):
+            mixed = quantized(model, skip=skip, **options)
+            mixed = quantized(mixed, include=skip)
+            (found, calls), (wanted, none) = logits(mixed, words()), logits(unfused(mixed), words())
+            assert (calls, none) == (2, 0)
+            assert close(found, wanted)
 
 
 class TestCache:

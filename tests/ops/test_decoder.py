@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mono_quant import ops
-from mono_quant.core import pack_tiles
+from mono_quant.core import pack_int32, pack_tiles, quantize_weight_groupwise
 from mono_quant.ops import native
 from mono_quant.ops.decoder_reference import LINEARS
 from tests.ops.operands import ACTIVATIONS, OPS, REFUSED, LinearWeight, same_bits
@@ -38,6 +38,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+def few_bits(outputs: int, inputs: int, bits: int, symmetric: bool, seed: int) -> list[Tensor]:
+    """Answer a weight of ``bits`` in two groups for each row where its length is even."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
+    quantized = quantize_weight_groupwise(weight, inputs if inputs % 2 else inputs // 2, symmetric, bits)
+    zeros = torch.empty(0, dtype=torch.int8) if quantized.zero_point is None else quantized.zero_point
+    bias = torch.randn(outputs, generator=generator) / 4
+    words = pack_int32(quantized.codes, bits)
+    return [words, torch.tensor([bits], dtype=torch.int32), quantized.scale, bias, zeros]
+
+
 @dataclass
 class Decoder:
     """The weights of one decoder layer, and its numbers."""
@@ -52,13 +63,18 @@ class Decoder:
     @classmethod
     def random(
         cls, key_heads: int = 2, group: int = 3, depth: int = 20, wide: int = 131, *, symmetric: bool = True,
-        activation: str = "silu", seed: int = 0,
+        activation: str = "silu", seed: int = 0, bits: tuple[int, ...] = (),
     ) -> Decoder:  # fmt: skip
+        """Answer a layer of int8 linear layers; with ``bits``, of such weights in turn, 0 for int8."""
         width, queries, keys = 52, key_heads * group * depth, key_heads * depth
         sizes = {"query": (queries, width), "key": (keys, width), "value": (keys, width), "output": (width, queries),
                  "gate": (wide, width), "up": (wide, width), "down": (width, wide)}  # fmt: skip
         weights: list[Tensor] = []
         for number, name in enumerate(LINEARS):
+            few = bits[number % len(bits)] if bits else 0
+            if few:
+                weights += few_bits(*sizes[name], few, symmetric, seed + number)
+                continue
             linear = LinearWeight.random(*sizes[name], symmetric=symmetric, seed=seed + number)
             zeros = torch.empty(0, dtype=torch.int8) if linear.zero_point is None else linear.zero_point.reshape(-1)
             assert linear.bias is not None
@@ -135,6 +151,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from((2, 6, 16, 20, 64))),
         draw(st.sampled_from((1, 17, 64, 131))), symmetric=draw(st.booleans()),
         activation=draw(st.sampled_from(ACTIVATIONS)), seed=draw(st.integers(0, 1000)),
+        bits=draw(st.sampled_from(((), (4,), (8,), (4, 0, 8, 0)))),
     )  # fmt: skip
     samples, past = draw(st.sampled_from((0, 1, 3))), draw(st.sampled_from((0, 1, 65)))
     length = draw(st.one_of(st.integers(1, 40), st.just(150)))
@@ -242,7 +259,7 @@ class TestEveryInstructionSet:
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("change", ["weights", "angles", "past", "mask", "heads"])
+@pytest.mark.parametrize("change", ["weights", "angles", "past", "mask", "heads", "words", "bits", "groups"])
 def test_sizes_that_do_not_fit_are_refused(change: str) -> None:
     decoder = Decoder.random()
     x, keys, values, cosine, sine = decoder.inputs(2, 3, 4)
@@ -255,8 +272,17 @@ def test_sizes_that_do_not_fit_are_refused(change: str) -> None:
         values = values[..., :-2]
     elif change == "mask":
         mask = torch.ones(2, 1, 3, 6, dtype=torch.bool)
-    else:
+    elif change == "heads":
         decoder.group = 0
+    else:
+        weights = Decoder.random(bits=(4,)).weights
+        if change == "words":
+            weights[0] = weights[0][:, 1:]
+        elif change == "bits":
+            weights[1] = torch.tensor([5], dtype=torch.int32)
+        else:
+            weights[2] = torch.ones(weights[2].shape[0], 7)
+        decoder.weights = weights
     with pytest.raises(REFUSED):
         decoder.run((x, keys, values, cosine, sine), mask)
 

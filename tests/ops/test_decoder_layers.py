@@ -96,12 +96,13 @@ class TestEveryInstructionSet:
     @given(
         count=st.integers(1, 4), samples=st.sampled_from((0, 1, 3)), past=st.sampled_from((0, 1, 65)),
         length=st.one_of(st.integers(1, 40), st.just(300)), masked=st.booleans(), causal=st.booleans(),
-        symmetric=st.booleans(),
+        symmetric=st.booleans(), bits=st.sampled_from(((), (4,), (0, 8, 4))),
     )  # fmt: skip
     def test_together_is_one_by_one(
-        self, count: int, samples: int, past: int, length: int, masked: bool, causal: bool, symmetric: bool
-    ) -> None:
-        decoders = layers(count, symmetric=symmetric)
+        self, count: int, samples: int, past: int, length: int, masked: bool, causal: bool, symmetric: bool,
+        bits: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        decoders = layers(count, symmetric=symmetric, bits=bits)
         sequence, whole = Sequence(decoders, samples, length, past), past + length
         mask = seen(samples, length, whole) if masked else None
         wanted = sequence.one_by_one(mask, causal)

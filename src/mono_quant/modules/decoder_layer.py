@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mono_quant.modules.compiled_layer import HeldCache
 from mono_quant.modules.encoder_layer import attribute
-from mono_quant.modules.fused_layer import FusedLayer, LayerLayout
+from mono_quant.modules.fused_layer import FusedLayer, LayerLayout, gate_activation
 from mono_quant.modules.layer_operands import Operands
 
 # What a decoder layer is called with, and what does not change its answer.
@@ -76,6 +76,10 @@ class DecoderLayout(LayerLayout):
     def activated(self) -> tuple[str, str]:
         return self.gate, self.activation
 
+    @property
+    def takes_few_bits(self) -> bool:
+        return True
+
     def objection(self, layer: nn.Module) -> str | None:
         for name in self.norms:
             norm = type(layer.get_submodule(name))
@@ -91,6 +95,7 @@ class DecoderLayout(LayerLayout):
             "scale": float(attribute(layer, self.scale)),
             "eps": eps,
             "index": int(attribute(layer, self.layer_index)),
+            "activation": gate_activation(layer, self),
         }
 
     def no_keys(self, layer: nn.Module) -> Tensor:
@@ -163,7 +168,7 @@ class DecoderLayout(LayerLayout):
 def _compute(layer: FusedLayer, operands: Operands, x: Tensor, angles: Any, mask: Any, held: Any) -> Any:
     constants, length, (cosine, sine) = operands.constants, x.shape[1], angles
     numbers = constants["heads"], constants["scale"], *constants["eps"], mask is None and length > 1
-    activation, position = operands.linears[4].activation, getattr(held, "cumulative_length", None)
+    activation, position = constants["activation"], getattr(held, "cumulative_length", None)
     if position is not None:
         if mask is None and length == 1:
             layer.report("without a mask, its token sees places of the cache that hold no token yet")

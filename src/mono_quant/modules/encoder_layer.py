@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from mono_quant.modules.fused_layer import FusedLayer, LayerLayout
+from mono_quant.modules.fused_layer import FusedLayer, LayerLayout, gate_activation
 
 # What a layer takes, and what reaches it that an encoder's layer makes no use of.
 _KNOWN: Final = frozenset(
@@ -65,7 +65,11 @@ class EncoderLayout(LayerLayout):
         return self.refuse(layer)
 
     def constants(self, layer: nn.Module) -> Mapping[str, Any]:
-        return {"heads": int(attribute(layer, self.heads)), "scale": float(attribute(layer, self.scale))}
+        return {
+            "heads": int(attribute(layer, self.heads)),
+            "scale": float(attribute(layer, self.scale)),
+            "activation": gate_activation(layer, self),
+        }
 
     def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, mask = _hidden_states_and_mask(args, kwargs)
@@ -81,7 +85,7 @@ class EncoderLayout(LayerLayout):
         first, second = operands.norms
         return torch.ops.mono_quant.encoder_layer.default(
             x, mask, operands.weights, operands.constants["heads"], operands.constants["scale"], first.eps, second.eps,
-            operands.linears[4].activation,
+            operands.constants["activation"],
         )  # fmt: skip
 
 

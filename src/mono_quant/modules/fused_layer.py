@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from mono_quant.core.layer_scheme import INT8_DYNAMIC
+from mono_quant.core.layer_scheme import INT8_DYNAMIC, WEIGHT_ONLY
 from mono_quant.modules.compiled_layer import number_layer
-from mono_quant.modules.fusion import FusedActivation
+from mono_quant.modules.fusion import FusedActivation, activation_name
 from mono_quant.modules.layer_operands import Operands, gather
 from mono_quant.modules.linear import QuantizedLinear
+from mono_quant.modules.weight_only import WeightOnlyLinear
 from mono_quant.ops import get_backend
 
 _LOG = logging.getLogger("mono_quant")
@@ -50,6 +51,11 @@ class LayerLayout(ABC):
     @abstractmethod
     def activated(self) -> tuple[str, str]:
         """Dotted names of the linear layer that computes the activation, and of the activation."""
+
+    @property
+    def takes_few_bits(self) -> bool:
+        """Whether the operator computes linear layers with weights of few bits as well as int8 ones."""
+        return False
 
     @abstractmethod
     def objection(self, layer: nn.Module) -> str | None:
@@ -283,21 +289,38 @@ def why_not_fused(layer: nn.Module) -> str | None:
     objection = layout.objection(layer)
     if objection is not None:
         return objection
-    activated, activation_name = layout.activated
     for name in layout.linears:
-        linear = layer.get_submodule(name)
-        if type(linear) is not QuantizedLinear or linear.scheme.kind != INT8_DYNAMIC:
-            return f"{name} is not an int8 linear layer"
-        if linear.shares_weight:
-            return f"{name} shares its weight with another layer"
-        if linear.in_features > _DEEPEST:
-            return f"{name} has more than {_DEEPEST} inputs"
-        if name != activated and linear.activation != "none":
-            return f"{name} computes an activation"
-    activation = layer.get_submodule(activation_name)
-    if not isinstance(activation, FusedActivation) or activation.linear is not layer.get_submodule(activated):
-        return f"{activation_name} is not computed by {activated}"
+        reason = _why_not_linear(layer.get_submodule(name), name == layout.activated[0], layout)
+        if reason is not None:
+            return f"{name} {reason}"
+    activated, activation = layout.activated
+    if gate_activation(layer, layout) is None:
+        return f"{activation} is not computed by {activated}"
     for name in layout.norms:
         if any(p is None or p.dtype != torch.float32 for p in layer.get_submodule(name)._parameters.values()):
             return f"{name} is not float32"
     return None
+
+
+def _why_not_linear(linear: nn.Module, activated: bool, layout: LayerLayout) -> str | None:
+    if layout.takes_few_bits and type(linear) is WeightOnlyLinear:
+        return None if linear.scheme.kind == WEIGHT_ONLY else "is of another kind"
+    if type(linear) is not QuantizedLinear or linear.scheme.kind != INT8_DYNAMIC:
+        return "is not an int8 linear layer"
+    if linear.shares_weight:
+        return "shares its weight with another layer"
+    if linear.in_features > _DEEPEST:
+        return f"has more than {_DEEPEST} inputs"
+    return "computes an activation" if linear.activation != "none" and not activated else None
+
+
+def gate_activation(layer: nn.Module, layout: LayerLayout) -> str | None:
+    """Answer the operators' name of the activation in ``layer``, ``None`` where they cannot compute it.
+
+    An int8 linear layer computes it itself by then; behind one with a weight of few bits, a module does.
+    """
+    linear, activation = (layer.get_submodule(name) for name in layout.activated)
+    if isinstance(linear, WeightOnlyLinear):
+        return activation_name(activation)
+    fused = isinstance(activation, FusedActivation) and activation.linear is linear
+    return linear.activation if fused and isinstance(linear, QuantizedLinear) else None

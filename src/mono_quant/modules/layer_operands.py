@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.modules.linear import QuantizedLinear
+from mono_quant.modules.weight_only import WeightOnlyLinear
+
+LinearLayer = QuantizedLinear | WeightOnlyLinear
 
 _NO_ZERO_POINTS: Final = torch.empty(0, dtype=torch.int8)
 _BUFFERS: Final = attrgetter("_buffers")
@@ -31,13 +34,13 @@ class Operands:
     Attributes:
         modules: All modules inside the layer.
         linears, norms: Those that the operator computes, in its order.
-        weights: For each linear layer tiles, column sums, scales, bias and zero points (empty for a symmetric weight);
-            then the parameters of the norms.
+        weights: For each linear layer tiles, column sums, scales, bias and zero points (empty for a symmetric weight),
+            or words of few-bit values and their bits in the place of the first two; then the parameters of the norms.
         constants: What the layout read from the layer.
     """
 
     modules: tuple[nn.Module, ...]
-    linears: tuple[QuantizedLinear, ...]
+    linears: tuple[LinearLayer, ...]
     norms: tuple[nn.Module, ...]
     weights: list[Tensor]
     constants: Mapping[str, Any]
@@ -49,7 +52,7 @@ class Operands:
     def of(
         cls,
         layer: nn.Module,
-        linears: tuple[QuantizedLinear, ...],
+        linears: tuple[LinearLayer, ...],
         norms: tuple[nn.Module, ...],
         weights: list[Tensor],
         constants: Mapping[str, Any],
@@ -85,7 +88,7 @@ def gather(
     """Answer the operands of a layer, its weights in tiles.
 
     Args:
-        layer: All of whose linear layers are int8, with weights of their own.
+        layer: All of whose linear layers are int8 or few-bit ones, with weights of their own.
         linear_names, norm_names: Dotted names, in the order of the operator.
         constants: What the operator needs besides.
 
@@ -97,17 +100,31 @@ def gather(
     norms = tuple(layer.get_submodule(name) for name in norm_names)
     weights: list[Tensor] = []
     for linear in linears:
-        assert isinstance(linear, QuantizedLinear)
-        packed = linear._packed_weight()
-        if packed is None:
+        assert isinstance(linear, LinearLayer)
+        tensors = _tensors_of(linear)
+        if tensors is None:
             return None
-        buffers = linear._buffers
-        scale, bias, zero_point = buffers["weight_scale"], buffers.get("bias"), buffers.get("weight_zero_point")
-        assert scale is not None
-        values = torch.zeros(linear.out_features) if bias is None else bias.float()
-        zeros = _NO_ZERO_POINTS if zero_point is None else zero_point.reshape(-1)
-        weights += [*packed, scale.reshape(-1), values, zeros]
+        weights += tensors
     for norm in norms:
         # Themselves, not views of them: their data may be exchanged. Where this runs no gradients are recorded.
         weights += [p for p in norm._parameters.values() if p is not None]
     return Operands.of(layer, linears, norms, weights, constants)  # type: ignore[arg-type]
+
+
+def _tensors_of(linear: LinearLayer) -> list[Tensor] | None:
+    """Answer the tensors of one linear layer, ``None`` where its weight is not in tiles or on another device."""
+    if isinstance(linear, QuantizedLinear):
+        weight = linear._packed_weight()
+        if weight is None:
+            return None
+    elif linear.weight_packed.device.type == "cpu":
+        weight = linear.weight_packed, torch.tensor([linear.scheme.bits], dtype=torch.int32)
+    else:
+        return None
+    buffers = linear._buffers
+    scale, bias, zero_point = buffers["weight_scale"], buffers.get("bias"), buffers.get("weight_zero_point")
+    assert scale is not None
+    if isinstance(linear, QuantizedLinear):
+        scale = scale.reshape(-1)
+    values = torch.zeros(linear.out_features) if bias is None else bias.float()
+    return [*weight, scale, values, _NO_ZERO_POINTS if zero_point is None else zero_point]

@@ -65,7 +65,7 @@ def gather_stack(layers: nn.ModuleList) -> StackOperands | str | None:
     eps = [number for each in found for number in each.constants["eps"]]
     _, key_heads, _, depth = constants["empty"].shape
     held = torch.ops.mono_quant.hold_decoder_layers.default(
-        weights, constants["heads"], key_heads, depth, constants["scale"], eps, found[0].linears[4].activation
+        weights, constants["heads"], key_heads, depth, constants["scale"], eps, constants["activation"]
     )
     linears = tuple(linear for each in found for linear in each.linears)
     norms = tuple(norm for each in found for norm in each.norms)
@@ -187,7 +187,7 @@ def _counts(held: Any) -> bool:
 
 def _kind(operands: Operands) -> tuple[Any, ...]:
     constants = operands.constants
-    return constants["heads"], constants["empty"].shape, constants["scale"], operands.linears[4].activation
+    return constants["heads"], constants["empty"].shape, constants["scale"], constants["activation"]
 
 
 def _alike(keys: Sequence[Tensor]) -> bool:

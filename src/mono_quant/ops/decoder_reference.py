@@ -40,7 +40,9 @@ def decoder_layer(
         cosine, sine: The angles of the positions of ``x``, float32 ``[samples or 1, length, depth]``. Pairs of elements
             half a head apart are rotated, as in GPT-NeoX.
         mask: ``None``, bool (``True`` is seen) or float32 (added), ``[samples or 1, 1, length or 1, past + length]``.
-        weights: For each of :data:`LINEARS` tiles, column sums, scales, bias and zero points; then the norms' weights.
+        weights: For each of :data:`LINEARS` tiles, column sums, scales, bias and zero points, or words of few-bit
+            values, bits, scales, bias and zero points (see :func:`~mono_quant.ops.encoder_reference.linear_at`); then
+            the norms' weights.
         heads: Heads of queries, a multiple of those of keys.
         scale: What scores are multiplied with.
         attention_eps, output_eps: Added to the mean squares of the two norms.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mono_quant.errors import InputError
-from mono_quant.ops.reference import linear_dynamic_packed
+from mono_quant.ops.reference import activation_function, linear_dynamic_packed, linear_weight_only
 
 #: The linear layers in the order in which ``weights`` holds them, :data:`TENSORS_EACH` tensors for each. Weight and
 #: bias of the norm after attention and of the norm after the feed-forward pair follow.
@@ -81,8 +81,19 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def linear_at(place: int, weights: Sequence[Tensor], rows: Tensor, activation: str) -> Tensor:
-    """Answer what the linear layer at ``place`` among ``weights`` makes of ``rows``."""
+    """Answer what the linear layer at ``place`` among ``weights`` makes of ``rows``.
+
+    In the place of tiles and column sums there may be the int32 words of few-bit values and their bits, as one int32;
+    then scales and zero points are ``[outputs, groups]``.
+    """
     tiles, column_sum, weight_scale, bias, zero_point = weights[place * TENSORS_EACH : (place + 1) * TENSORS_EACH]
+    if tiles.dtype == torch.int32:
+        inputs, groups = rows.shape[-1], weight_scale.shape[1]
+        zeros = zero_point if zero_point.numel() else None
+        out = linear_weight_only(
+            rows, tiles, weight_scale, zeros, bias, inputs, int(column_sum), inputs // max(groups, 1)
+        )
+        return activation_function(activation)(out)
     zeros = zero_point.reshape(-1, 1) if zero_point.numel() else None
     return linear_dynamic_packed(rows, tiles, column_sum, weight_scale, zeros, bias, weight_scale.numel(), activation)
 
