@@ -135,13 +135,13 @@ def numbers(model: Any) -> list[int]:
 def graph_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of the layers that compiled graphs call. Compiled code cannot run under a :class:`Counter`."""
     calls: list[int] = []
-    layer_of = compiled_layer._layer_of
+    layer_of = compiled_layer.layer_of
 
     def counted(number: int) -> Any:
         calls.append(number)
         return layer_of(number)
 
-    monkeypatch.setattr(compiled_layer, "_layer_of", counted)
+    monkeypatch.setattr(compiled_layer, "layer_of", counted)
     return calls
 
 
@@ -366,7 +366,7 @@ class TestCompiled:
 
     def test_a_layer_that_is_gone_is_named_as_the_reason(self) -> None:
         with pytest.raises(ConfigurationError, match="no longer exists"):
-            compiled_layer._layer_of(-1)
+            compiled_layer.layer_of(-1)
 
 
 class TestWhichLayers:

@@ -250,6 +250,14 @@ class TestCompiled:
         wanted = logits(unfused(model), words())[0][:, 8:]
         assert close(run(), wanted)
 
+    @pytest.mark.filterwarnings("ignore:mono_quant..linear_dynamic:UserWarning")
+    def test_on_another_backend_graphs_hold_the_parts(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        wanted, _ = logits(model, words())
+        monkeypatch.setattr(LayerStack, "run_layers", None)
+        with ops.use_backend("torch"), torch.no_grad():
+            answer = torch.compile(model, backend="aot_eager", fullgraph=True)(words(), use_cache=False).logits
+        assert close(answer, wanted)
+
     def test_a_hook_of_a_layer_is_part_of_the_graph(self, model: Any) -> None:
         def double(*args: Any) -> Any:
             return args[-1] * 2

@@ -61,7 +61,12 @@ def number_layer(layer: nn.Module) -> int:
     return number
 
 
-def _layer_of(number: int) -> nn.Module:
+def layer_of(number: int) -> nn.Module:
+    """Answer the layer, or the model, of a number.
+
+    Raises:
+        ConfigurationError: It no longer exists.
+    """
     layer = _layers.get(number)
     if layer is None:
         raise ConfigurationError(
@@ -72,7 +77,7 @@ def _layer_of(number: int) -> nn.Module:
 
 
 def _forward(number: int, x: Tensor, **kwargs: Any) -> Tensor:
-    layer: Any = _layer_of(number)
+    layer: Any = layer_of(number)
     # Not the layer itself: its hooks are part of the graph.
     out: Tensor = type(layer).forward(layer, x, **kwargs)
     return out.clone() if out is x else out
@@ -149,7 +154,7 @@ def _decoder_layers_static_cache(
 def _run_layers(
     stack: int, x: Tensor, caches: list[HeldCache], cosine: Tensor, sine: Tensor, mask: Tensor | None
 ) -> Tensor:
-    model: Any = _layer_of(stack)
+    model: Any = layer_of(stack)
     out: Tensor = model.run_layers(x, caches, (cosine, sine), mask)
     return out.clone() if out is x else out
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mono_quant.modules.compiled_layer import HeldCache, number_layer
 from mono_quant.modules.decoder_layer import asks_for_more
-from mono_quant.modules.fused_layer import fuse_single_layers, report_once, restore_single_layers, why_parts
+from mono_quant.modules.fused_layer import FusedLayer, fuse_single_layers, report_once, restore_single_layers, why_parts
 from mono_quant.modules.stack_call import StackOperands, all_fused, call_stack, call_stack_from_graph, gather_stack
 from mono_quant.ops import get_backend
 
@@ -74,6 +74,12 @@ class LayerStack(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def all_layers(self) -> nn.ModuleList:
+        """Answer the layers, whoever asks."""
+        layers = self._modules[self.stack.layers]
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
     def run_layers(self, x: Tensor, caches: Sequence[HeldCache], angles: tuple[Tensor, Tensor], mask: Any) -> Tensor:
         """Answer what the layers answer, for a compiled graph that hands their caches on.
 
@@ -86,16 +92,22 @@ class LayerStack(nn.Module):
         out = self._run(x, angles, mask, caches) if get_backend() == "native" else NotImplemented
         if out is not NotImplemented:
             return out  # type: ignore[no-any-return]
-        for layer, cache in zip(_layers_of(self), caches, strict=True):
+        for layer, cache in zip(self.all_layers(), caches, strict=True):
             # Not the layer itself: its hooks are part of graphs.
             x = type(layer).forward(layer, x, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
         return x
 
     def _call_all(self, hidden_states: Any, **kwargs: Any) -> Any:
         """Stand for all layers in the loop of the model."""
-        layers, angles = _layers_of(self), kwargs.get("position_embeddings")
+        layers, angles = self.all_layers(), kwargs.get("position_embeddings")
+        first: Any = layers[0]
         out: Any = NotImplemented
-        if angles is not None and not asks_for_more(kwargs) and all_fused(layers) and layers[0].takes(hidden_states):
+        if (
+            angles is not None
+            and not asks_for_more(kwargs)
+            and isinstance(first, FusedLayer)
+            and first.takes(hidden_states)
+        ):
             cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
             if torch.compiler.is_compiling():
                 out = call_stack_from_graph(self.number, layers, hidden_states, angles, mask, cache)
@@ -108,7 +120,7 @@ class LayerStack(nn.Module):
         return out
 
     def _run(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Any, cache: Any) -> Any:
-        layers, operands = _layers_of(self), self._operands()
+        layers, operands = self.all_layers(), self._operands()
         if operands is None:
             return NotImplemented
         reason = why_parts(operands.contents)
@@ -119,11 +131,11 @@ class LayerStack(nn.Module):
 
     def _operands(self) -> StackOperands | None:
         found: StackOperands | None = self.__dict__.get(_CACHE)
-        layers = _layers_of(self)
+        layers = self.all_layers()
         if found is not None and found.are_current(layers):
             return found
         self.__dict__.pop(_CACHE, None)
-        gathered = gather_stack(layers) if len(layers) and all_fused(layers) else None
+        gathered = gather_stack(layers) if all_fused(layers) else None
         if not isinstance(gathered, StackOperands):
             if gathered is not None:
                 self._report(gathered)
@@ -140,7 +152,7 @@ class _AllAsOne:
 
     def __init__(self, model: LayerStack) -> None:
         self._model = model
-        self._layers = _layers_of(model)
+        self._layers = model.all_layers()
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -150,22 +162,18 @@ class _AllAsOne:
 
     def __getitem__(self, at: Any) -> Any:
         everything = isinstance(at, slice) and at.start is None and at.step is None
-        if everything and (at.stop is None or at.stop >= len(self._layers)):
+        if everything and len(self._layers) and (at.stop is None or at.stop >= len(self._layers)):
             return [self._model._call_all]
         return self._layers[at]
-
-
-def _layers_of(model: LayerStack) -> Any:
-    return model._modules[model.stack.layers]
 
 
 def _seen_layers(model: LayerStack) -> Any:
     """Answer the list of layers, or in the loop of the model one that stands for all."""
     if torch.compiler.is_compiling():
-        as_one = not torch.compiler._is_exporting_flag and not model.training
+        as_one = not torch.compiler._is_exporting_flag and not model.training and get_backend() == "native"
     else:
         as_one = getattr(_running, "model", None) is model
-    return _AllAsOne(model) if as_one else _layers_of(model)
+    return _AllAsOne(model) if as_one else model.all_layers()
 
 
 _STACKS: dict[str, StackLayout] = {}
@@ -199,7 +207,8 @@ def fuse_layers(model: nn.Module) -> list[str]:
         layout = _STACKS.get(_name_of(type(module)))
         if layout is None or isinstance(module, LayerStack):
             continue
-        if all_fused(getattr(module, layout.layers)) and layout.refuse(module) is None:
+        layers = getattr(module, layout.layers)
+        if len(layers) and all_fused(layers) and layout.refuse(module) is None:
             module.__class__ = _stacked_class(type(module))
             module.__dict__["number"] = number_layer(module)
     return fused

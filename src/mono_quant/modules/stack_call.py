@@ -10,7 +10,7 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from mono_quant.modules.compiled_layer import HeldCache
+from mono_quant.modules.compiled_layer import HeldCache, layer_of
 from mono_quant.modules.decoder_layer import DecoderLayout, angles_fit, is_empty
 from mono_quant.modules.encoder_layer import attribute
 from mono_quant.modules.fused_layer import FusedLayer
@@ -95,7 +95,7 @@ def call_stack(
         return NotImplemented  # what is wrong, a layer says best
     if not all(angles_fit(part, x, empty.shape[3]) for part in angles):
         return NotImplemented
-    caches = _held_caches(layers, cache, samples, operands.places, empty)
+    caches = _held_caches(first, cache, samples, operands.places, empty)
     if caches is None:
         return NotImplemented
     causal = mask is None and length > 1
@@ -132,11 +132,11 @@ def call_stack_from_graph(
     The graph knows them by ``number``. ``NotImplemented`` where each layer has to be called.
     """
     first: Any = layers[0]
-    if not first.is_compiled_whole() or any(m._forward_hooks or m._forward_pre_hooks for m in layers):
+    places = _places_in_graphs(number)
+    if not first.is_compiled_whole() or places is None:
         return NotImplemented
-    layout: DecoderLayout = first.layout
-    empty, places = layout.no_keys(first), [attribute(layer, layout.layer_index) for layer in layers]
-    caches = _held_caches(layers, cache, x.shape[0], places, empty)
+    empty = first.layout.no_keys(first)
+    caches = _held_caches(first, cache, x.shape[0], places, empty)
     if caches is None:
         return NotImplemented
     cosine, sine = angles
@@ -153,22 +153,32 @@ def call_stack_from_graph(
             position.add_(x.shape[1])
         return out
     out, keys, values = torch.ops.mono_quant.fused_decoder_layers.default(
-        number, x, *past, cosine, sine, mask, len(layers), empty.shape[1]
+        number, x, *past, cosine, sine, mask, len(places), empty.shape[1]
     )
     _keep(caches, keys, values)
     return out
 
 
-def _held_caches(
-    layers: nn.ModuleList, cache: Any, samples: int, places: Sequence[int], empty: Tensor
-) -> Sequence[Any] | None:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _places_in_graphs(number: int) -> tuple[int, ...] | None:
+    """Answer the layers' places in a cache, ``None`` where a layer has a hook, which becomes part of the graph.
+
+    A constant: a graph that saw each layer itself would look at each again in every call. What changes later is found
+    by the operator.
+    """
+    layers = layer_of(number).all_layers()  # type: ignore[operator]
+    if not all_fused(layers) or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        return None
+    return tuple(int(attribute(layer, layer.layout.layer_index)) for layer in layers)
+
+
+def _held_caches(first: Any, cache: Any, samples: int, places: Sequence[int], empty: Tensor) -> Sequence[Any] | None:
     """Answer for each layer the object that holds its keys and values; ``None`` where one keeps them in another way."""
     if isinstance(cache, list):
         return cache
-    layout: Any = layers[0].layout
     caches = []
-    for layer, place in zip(layers, places, strict=True):
-        held = layout.held(layer, cache, samples, place, empty)
+    for place in places:
+        held = first.layout.held(first, cache, samples, place, empty)
         if held is None:
             return None
         caches.append(held)
