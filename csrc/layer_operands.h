@@ -13,6 +13,18 @@ constexpr int64_t kTensorsEach = 5;
 // Sums of products of 8-bit codes fit 32 bits up to this many inputs.
 constexpr int64_t kDeepestLayer = 32768;
 
+// What scales, bias and zero points (empty without) tell of a layer; they are the third and the following tensors.
+inline PackedLayer layer_of(Tensor* t, int64_t inputs, int64_t outputs, Activation activation) {
+  PackedLayer layer = {};
+  layer.weight_scale = t[2].data<float>();
+  layer.bias = t[3].data<float>();
+  layer.weight_zero_point = t[4].numel() > 0 ? t[4].data<int8_t>() : nullptr;
+  layer.inputs = inputs;
+  layer.outputs = outputs;
+  layer.activation = activation;
+  return layer;
+}
+
 // Tiles, column sums, scales, bias and zero points (empty without), from `at` on.
 inline PackedLayer take_layer(std::vector<Tensor>& tensors, int64_t at, int64_t inputs, Activation activation) {
   Tensor* t = &tensors[(size_t)at];
@@ -23,42 +35,29 @@ inline PackedLayer take_layer(std::vector<Tensor>& tensors, int64_t at, int64_t 
   expect(t[0], "the packed weight", aoti_torch_dtype_int8(), t[0].size(0) * t[0].size(1) * 1024);
   expect(t[1], "column_sum", aoti_torch_dtype_int32(), n);
   expect(t[3], "bias", aoti_torch_dtype_float32(), n);
-  const bool asymmetric = t[4].numel() > 0;
-  expect(t[4], "weight_zero_point", aoti_torch_dtype_int8(), asymmetric ? n : 0);
-  PackedLayer layer = {};
+  expect(t[4], "weight_zero_point", aoti_torch_dtype_int8(), t[4].numel() > 0 ? n : 0);
+  PackedLayer layer = layer_of(t, inputs, n, activation);
   layer.packed = t[0].data<int8_t>();
   layer.column_sum = t[1].data<int32_t>();
-  layer.weight_scale = t[2].data<float>();
-  layer.weight_zero_point = asymmetric ? t[4].data<int8_t>() : nullptr;
-  layer.bias = t[3].data<float>();
-  layer.inputs = inputs;
-  layer.outputs = n;
-  layer.activation = activation;
   return layer;
 }
 
 // Words of few-bit values, their bits (one number), scales [outputs, groups], bias and zero points (empty without).
 inline PackedLayer take_words(std::vector<Tensor>& tensors, int64_t at, int64_t inputs, Activation activation) {
   Tensor* t = &tensors[(size_t)at];
-  PackedLayer layer = {};
   expect(t[1], "the number of bits", aoti_torch_dtype_int32(), 1);
-  layer.bits = *t[1].data<int32_t>();
-  check(layer.bits == 4 || layer.bits == 8, "weight-only weights have 4 or 8 bits");
+  const int bits = *t[1].data<int32_t>();
+  check(bits == 4 || bits == 8, "weight-only weights have 4 or 8 bits");
   check(t[0].dim() == 2 && t[2].dim() == 2, "packed weights and their scales must be matrices");
-  const int64_t n = t[0].size(0), groups = t[2].size(1), words = (inputs * layer.bits + 31) / 32;
+  const int64_t n = t[0].size(0), groups = t[2].size(1), words = (inputs * bits + 31) / 32;
   check(groups > 0 && inputs % groups == 0, "the groups of a weight do not divide its inputs");
   expect(t[0], "weight_packed", aoti_torch_dtype_int32(), n * words);
   expect(t[2], "weight_scale", aoti_torch_dtype_float32(), n * groups);
   expect(t[3], "bias", aoti_torch_dtype_float32(), n);
-  const bool asymmetric = t[4].numel() > 0;
-  expect(t[4], "weight_zero_point", aoti_torch_dtype_int8(), asymmetric ? n * groups : 0);
+  expect(t[4], "weight_zero_point", aoti_torch_dtype_int8(), t[4].numel() > 0 ? n * groups : 0);
+  PackedLayer layer = layer_of(t, inputs, n, activation);
   layer.words = t[0].data<void>();
-  layer.weight_scale = t[2].data<float>();
-  layer.weight_zero_point = asymmetric ? t[4].data<int8_t>() : nullptr;
-  layer.bias = t[3].data<float>();
-  layer.inputs = inputs;
-  layer.outputs = n;
-  layer.activation = activation;
+  layer.bits = bits;
   layer.row_bytes = words * 4;
   layer.group_size = inputs / groups;
   return layer;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import pickle
@@ -263,6 +264,28 @@ class TestCache:
         assert calls == 0
         assert close(answer, logits(model, words())[0])
         assert sum("OtherCache" in record.message for record in caplog.records) == 1
+
+    def test_a_cache_for_other_sequences_is_named_as_the_reason(
+        self, model: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        fused_layer._reported.clear()
+        cache = StaticCache(model.config, max_cache_len=20)
+        logits(model, words(2), past_key_values=cache, use_cache=True)
+        with caplog.at_level(logging.WARNING, "mono_quant"), pytest.raises((RuntimeError, ValueError)):
+            logits(model, words(1), past_key_values=cache, use_cache=True)
+        assert "for 2 sequences where 1 are read" in caplog.text
+
+    def test_a_cache_of_another_dtype_is_named_as_the_reason(
+        self, model: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        fused_layer._reported.clear()
+        cache = DynamicCache()
+        logits(model, words(), past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.double(), layer.values.double()
+        with caplog.at_level(logging.WARNING, "mono_quant"), contextlib.suppress(RuntimeError):
+            logits(model, words(2, 1), past_key_values=cache, use_cache=True)
+        assert "its cache holds torch.float64 on cpu" in caplog.text
 
 
 class TestTheParts:

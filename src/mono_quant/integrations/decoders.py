@@ -28,8 +28,8 @@ def dynamic_layer(cache: Any, index: int) -> Any:
         index: The layer's place in it.
 
     Returns:
-        An object whose ``keys`` and ``values`` are float32 ``[samples, heads, length, depth]``, or ``None`` where the
-        cache keeps them in another way.
+        An object whose ``keys`` and ``values`` are float32 ``[samples, heads, length, depth]``; what they are, where
+        they are something else; or ``None`` where the cache keeps them in another way.
     """
     if not _is_exactly(cache, "DynamicCache") or cache.offloading:
         return None
@@ -43,7 +43,8 @@ def dynamic_layer(cache: Any, index: int) -> Any:
     if not layer.is_initialized:
         nothing = torch.empty(0)
         layer.lazy_initialization(nothing, nothing)
-    return layer if layer.keys.dtype == torch.float32 and layer.keys.device.type == "cpu" else None
+    keys = layer.keys
+    return layer if keys.dtype == torch.float32 and keys.device.type == "cpu" else f"{keys.dtype} on {keys.device}"
 
 
 def static_layer(cache: Any, index: int, samples: int, empty: Tensor) -> Any:
@@ -56,8 +57,8 @@ def static_layer(cache: Any, index: int, samples: int, empty: Tensor) -> Any:
         empty: Keys of no token, float32 ``[1, heads, 0, depth]``.
 
     Returns:
-        An object whose ``keys`` and ``values`` are float32 ``[samples, heads, capacity, depth]``, or ``None`` where the
-        cache keeps them in another way.
+        An object whose ``keys`` and ``values`` are float32 ``[samples, heads, capacity, depth]``; what they are, where
+        they are something else; or ``None`` where the cache keeps them in another way.
     """
     if not _is_exactly(cache, "StaticCache") or cache.offloading:
         return None
@@ -70,7 +71,9 @@ def static_layer(cache: Any, index: int, samples: int, empty: Tensor) -> Any:
         layer.lazy_initialization(keys, keys)
     held = layer.keys, layer.values
     fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in held)
-    return layer if fits and layer.keys.shape[0] == samples else None
+    if fits and layer.keys.shape[0] == samples:
+        return layer
+    return f"{layer.keys.dtype} on {layer.keys.device}, for {layer.keys.shape[0]} sequences where {samples} are read"
 
 
 def _refuse(layer: nn.Module) -> str | None:

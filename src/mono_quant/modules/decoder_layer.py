@@ -40,7 +40,7 @@ class DecoderLayout(LayerLayout):
         layer_index: The attribute that holds the layer's place in the cache.
         refuse: Answers why a layer of this class computes something else, or ``None``.
         growing_layer: From a cache and the layer's place in it, answers the object whose ``keys`` and ``values`` grow;
-            ``None`` for a cache that works in another way.
+            ``None`` for a cache that works in another way; what it holds, where that is not float32 on the CPU.
         static_layer: From a cache, the layer's place in it, the number of samples and an empty tensor ``[1, key heads,
             0, depth]``, answers the object whose ``keys`` and ``values`` have room for all tokens,
             ``cumulative_length`` of which are there; ``None`` likewise.
@@ -143,6 +143,9 @@ class DecoderLayout(LayerLayout):
             held = self.static_layer(cache, index, samples, empty)
         if held is None:
             layer.report(f"its cache is a {type(cache).__name__} of another kind than the dynamic and static ones")
+        elif isinstance(held, str):
+            layer.report(f"its cache holds {held}, expected torch.float32 on the CPU")
+            return None
         return held
 
     def _call_from_graph(self, layer: FusedLayer, x: Tensor, angles: Any, mask: Any, cache: Any) -> Any:
