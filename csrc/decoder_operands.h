@@ -22,8 +22,7 @@ inline void check_heads(const DecoderShape& s) {
 
 // The kDecoderTensors of a layer, from `at` on.
 inline void take_weights(std::vector<Tensor>& weights, int64_t at, const DecoderShape& shape, DecoderLayer* layer) {
-  PackedLayer* const layers[] = {&layer->query, &layer->key, &layer->value, &layer->output,
-                                 &layer->gate,  &layer->up,  &layer->down};
+  const std::array<PackedLayer*, kDecoderLinears> layers = layer->linears();
   const int64_t queries = shape.heads * shape.depth, keys = shape.key_heads * shape.depth;
   for (int64_t i = 0; i < kDecoderLinears; ++i) {
     const int64_t inputs = i == 3 ? queries : i == 6 ? layer->up.outputs : shape.width;
@@ -130,9 +129,18 @@ inline int64_t last_seen(const Tensor& mask, int64_t keys) {
   return keys;
 }
 
+// A mask over a static cache may show places behind the last token.
+inline void see_all_shown(const Tensor& mask, const DecoderArgs& a, std::vector<DecoderLayer>* layers) {
+  if (!mask || a.causal) return;
+  int64_t shown = layers->front().seen;
+  for (const DecoderLayer& layer : *layers) shown = smaller(shown, layer.seen);
+  shown = last_seen(mask, shown);
+  for (DecoderLayer& layer : *layers) layer.seen = larger(layer.seen, shown);
+}
+
 // A cache with room for all tokens, `position` of which are there.
-inline void take_static_cache(const Tensor& keys, const Tensor& values, const Tensor& position, const Tensor& mask,
-                              const DecoderArgs& a, DecoderLayer* layer) {
+inline void take_static_cache(const Tensor& keys, const Tensor& values, const Tensor& position, const DecoderArgs& a,
+                              DecoderLayer* layer) {
   layer->keys = take_places(keys, a);
   layer->values = take_places(values, a);
   const bool alike = keys.size(2) == values.size(2) && keys.stride(0) == values.stride(0) &&
@@ -149,7 +157,6 @@ inline void take_static_cache(const Tensor& keys, const Tensor& values, const Te
   layer->sample_stride = keys.stride(0);
   layer->head_stride = keys.stride(1);
   layer->seen = layer->past + a.length;
-  if (mask && !a.causal) layer->seen = last_seen(mask, layer->seen);
 }
 
 // Runs the layers; `columns` is how many keys a mask has a column for.

@@ -6,6 +6,7 @@
 // spinning and take their pieces from counters: one that comes late finds nothing left to do.
 #pragma once
 
+#include <array>
 #include <initializer_list>
 #include <vector>
 
@@ -25,6 +26,9 @@ struct DecoderLayer {
   // Those of the past [samples, key_heads, past, depth] where they are elsewhere and have to be copied, or null.
   const float *past_keys, *past_values;
   int64_t past_sample_stride, past_head_stride;
+
+  // In the order of the operators' weights.
+  std::array<PackedLayer*, 7> linears() { return {&query, &key, &value, &output, &gate, &up, &down}; }
 };
 
 // What the layers have in common.

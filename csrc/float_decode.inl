@@ -9,7 +9,6 @@ constexpr int64_t kChain = 32;
 constexpr int64_t kDecodeDepth = 128;
 constexpr int64_t kFloatCols = 2 * kLanes;
 constexpr int64_t kDirectRows = 4;
-constexpr int64_t kPrefetchBytes = 256;
 constexpr int64_t kFloatBlockBytes = 512 * 1024;
 
 struct Chain {

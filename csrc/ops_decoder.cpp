@@ -63,7 +63,8 @@ void decoder_layer_static_cache(StableIValue* stack, uint64_t, uint64_t) {
   Call c;
   const Tensor position = take_tensor(stack[3]);
   take_operands(stack, stack + 4, &c);
-  take_static_cache(c.keys, c.values, position, c.mask, c.a, &c.layers[0]);
+  take_static_cache(c.keys, c.values, position, c.a, &c.layers[0]);
+  see_all_shown(c.mask, c.a, &c.layers);
   stack[0] = run_decoder(&c.a, c.layers, c.mask, c.keys.size(2)).release();
 }
 

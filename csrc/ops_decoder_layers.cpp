@@ -60,9 +60,7 @@ std::vector<DecoderLayer> current_layers(const HeldDecoder& held) {
   std::vector<DecoderLayer> layers = held.layers;
   const Tensor* t = held.weights.data();
   for (DecoderLayer& layer : layers) {
-    PackedLayer* const linears[] = {&layer.query, &layer.key, &layer.value, &layer.output,
-                                    &layer.gate,  &layer.up,  &layer.down};
-    for (PackedLayer* linear : linears) {
+    for (PackedLayer* linear : layer.linears()) {
       linear->weight_scale = floats_now(t[2], linear->outputs * linear->groups());
       linear->bias = floats_now(t[3], linear->outputs);
       t += kTensorsEach;
@@ -154,9 +152,10 @@ void decoder_layers_static_cache(StableIValue* stack, uint64_t, uint64_t) {
   take_operands(stack, stack + 5, &c);
   check(positions.size() == c.layers.size(), "there must be a position for each layer");
   for (size_t i = 0; i < c.layers.size(); ++i) {
-    take_static_cache(c.keys[i], c.values[i], positions[i], c.mask, c.a, &c.layers[i]);
+    take_static_cache(c.keys[i], c.values[i], positions[i], c.a, &c.layers[i]);
     check(c.keys[i].size(2) == c.keys[0].size(2), "the caches of the layers have different capacities");
   }
+  see_all_shown(c.mask, c.a, &c.layers);
   stack[0] = run_decoder(&c.a, c.layers, c.mask, c.keys[0].size(2)).release();
 }
 

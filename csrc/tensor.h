@@ -141,20 +141,6 @@ inline Tensor take_optional_tensor(StableIValue value) {
   return take_tensor(held);
 }
 
-inline std::vector<Tensor> take_tensors(StableIValue value) {
-  const StableListHandle list = torch::stable::detail::to<StableListHandle>(value);
-  size_t count = 0;
-  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &count));
-  std::vector<Tensor> tensors;
-  for (size_t i = 0; i < count; ++i) {
-    StableIValue item;
-    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
-    tensors.push_back(take_tensor(item));
-  }
-  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
-  return tensors;
-}
-
 inline StableIValue release_tensors(std::vector<Tensor>& tensors) {
   StableListHandle list;
   TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(tensors.size(), &list));
@@ -162,25 +148,30 @@ inline StableIValue release_tensors(std::vector<Tensor>& tensors) {
   return torch::stable::detail::from(list);
 }
 
-inline std::vector<double> take_floats(StableIValue value) {
-  const StableListHandle list = torch::stable::detail::to<StableListHandle>(value);
-  size_t count = 0;
-  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &count));
-  std::vector<double> floats;
-  for (size_t i = 0; i < count; ++i) {
-    StableIValue item;
-    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
-    floats.push_back(torch::stable::detail::to<double>(item));
-  }
-  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
-  return floats;
-}
-
 inline int64_t take_int(StableIValue value) { return torch::stable::detail::to<int64_t>(value); }
 
 inline bool take_bool(StableIValue value) { return torch::stable::detail::to<bool>(value); }
 
 inline double take_float(StableIValue value) { return torch::stable::detail::to<double>(value); }
+
+template <typename Item>
+std::vector<Item> take_list(StableIValue value, Item (*take)(StableIValue)) {
+  const StableListHandle list = torch::stable::detail::to<StableListHandle>(value);
+  size_t count = 0;
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &count));
+  std::vector<Item> items;
+  for (size_t i = 0; i < count; ++i) {
+    StableIValue item;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+    items.push_back(take(item));
+  }
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  return items;
+}
+
+inline std::vector<Tensor> take_tensors(StableIValue value) { return take_list(value, take_tensor); }
+
+inline std::vector<double> take_floats(StableIValue value) { return take_list(value, take_float); }
 
 // By hand: the header's conversion to std::string leaks one string per call.
 inline std::string take_string(StableIValue value) {
