@@ -16,6 +16,7 @@ from mono_quant.modules.embedding import (
     quantize_embedding_bag_module,
     quantize_embedding_module,
 )
+from mono_quant.modules.exchanged_class import restore_layers
 from mono_quant.modules.fused_layer import (
     FusedLayer,
     unfused_layers,
@@ -28,7 +29,7 @@ from mono_quant.modules.fusion import (
     fused_pairs,
     restore_activations,
 )
-from mono_quant.modules.layer_stack import LayerStack, fuse_layers, restore_layers
+from mono_quant.modules.layer_stack import LayerStack, fuse_layers
 from mono_quant.modules.linear import QuantizedLinear, quantize_linear_module
 from mono_quant.modules.packed import PackedWeight, mark_layers_that_share, mark_shared
 from mono_quant.modules.registry import counterpart, counterpart_for_scheme, register

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from mono_quant.core.layer_scheme import INT8_DYNAMIC, WEIGHT_ONLY
-from mono_quant.modules.compiled_layer import number_layer
+from mono_quant.core.layer_scheme import INT8_DYNAMIC
+from mono_quant.modules.exchanged_class import ExchangedClass, qualified_name
 from mono_quant.modules.fusion import FusedActivation, activation_name
 from mono_quant.modules.layer_operands import Operands, gather
 from mono_quant.modules.linear import QuantizedLinear
@@ -28,7 +28,6 @@ from mono_quant.modules.weight_only import WeightOnlyLinear
 from mono_quant.ops import get_backend
 
 _LOG = logging.getLogger("mono_quant")
-_CACHE: Final = "_fused_operands"
 # Sums of products of 8-bit codes fit 32 bits up to this many inputs.
 _DEEPEST: Final = 32768
 _GRADIENTS: Final = "gradients are recorded; call the model under torch.no_grad() or torch.inference_mode()"
@@ -95,16 +94,15 @@ def register_idle_hooks(is_idle: Callable[[Callable[..., Any], bool], bool]) -> 
     _IDLE_HOOKS.append(is_idle)
 
 
-class FusedLayer(nn.Module):
+class FusedLayer(ExchangedClass):
     """What a layer becomes that runs as one operator: a subclass of this and of the layer's own class.
 
     Where an input or the layer's state does not allow it (training, gradients, hooks on modules inside, modules in
     their places, other dtypes, ``torch.export``, another backend), ``forward`` is that of the layer's own class.
     """
 
-    float_type: type[nn.Module]
+    cache_name = "_fused_operands"
     layout: LayerLayout
-    number: int  # by which compiled graphs call the layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training and get_backend() == "native":
@@ -113,33 +111,30 @@ class FusedLayer(nn.Module):
                 return out
         return super().forward(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = self.__dict__.copy()
-        state.pop(_CACHE, None)
-        state.pop("number", None)
-        return _new_layer, (self.float_type,), state
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # The linear layers leave their tiles: nobody else may hold them.
-        self.__dict__.pop(_CACHE, None)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+    @classmethod
+    def derived(cls, float_type: type[nn.Module]) -> type[Self]:
+        if float_type not in _FUSED:
+            layout = _LAYOUTS[qualified_name(float_type)]
+            body = {"float_type": float_type, "layout": layout, "__module__": float_type.__module__}
+            made = type(f"Fused{float_type.__name__}", (FusedLayer, float_type), body)
+            _FUSED.setdefault(float_type, made)  # of two threads that come here at once, both get the same class
+        return _FUSED[float_type]  # type: ignore[return-value]
 
     def operands(self) -> Operands | None:
         """Answer what the operator computes with, gathered again if the layer has changed.
 
         ``None`` where the layer has become one that no operator computes.
         """
-        found: Operands | None = self.__dict__.get(_CACHE)
+        found: Operands | None = self.__dict__.get(self.cache_name)
         if found is None or not found.are_current():
-            self.__dict__.pop(_CACHE, None)
+            self.__dict__.pop(self.cache_name, None)
             reason = why_not_fused(self)
             if reason is not None:
                 self.report(reason)
                 return None
             found = gather(self, self.layout.linears, self.layout.norms, self.layout.constants(self))
             if found is not None:
-                self.__dict__[_CACHE] = found
+                self.__dict__[self.cache_name] = found
         return found
 
     def takes(self, x: object) -> bool:
@@ -230,28 +225,9 @@ def _are_idle(hooks: Mapping[int, Callable[..., Any]], whole: bool) -> bool:
     return all(any(is_idle(hook, whole) for is_idle in _IDLE_HOOKS) for hook in hooks.values())
 
 
-def _new_layer(float_type: type[nn.Module]) -> nn.Module:
-    kind = _fused_class(float_type)
-    layer: nn.Module = kind.__new__(kind)
-    layer.__dict__["number"] = number_layer(layer)
-    return layer
-
-
-def _fused_class(float_type: type[nn.Module]) -> type[FusedLayer]:
-    if float_type not in _FUSED:
-        body = {"float_type": float_type, "layout": _LAYOUTS[_name_of(float_type)], "__module__": float_type.__module__}
-        made = type(f"Fused{float_type.__name__}", (FusedLayer, float_type), body)
-        _FUSED.setdefault(float_type, made)  # of two threads that come here at once, both get the same class
-    return _FUSED[float_type]
-
-
-def _name_of(kind: type[nn.Module]) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 def is_fusible_type(module: nn.Module) -> bool:
     """Say whether ``module`` is of a class whose layers can run as one operator."""
-    return _name_of(type(module)) in _LAYOUTS
+    return qualified_name(type(module)) in _LAYOUTS
 
 
 def fuse_single_layers(model: nn.Module) -> list[str]:
@@ -259,8 +235,7 @@ def fuse_single_layers(model: nn.Module) -> list[str]:
     fused = []
     for name, module in model.named_modules():
         if is_fusible_type(module) and why_not_fused(module) is None:
-            module.__class__ = _fused_class(type(module))
-            module.__dict__["number"] = number_layer(module)
+            FusedLayer.take_place(module)
             fused.append(name)
     return fused
 
@@ -274,18 +249,9 @@ def unfused_layers(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def restore_single_layers(model: nn.Module) -> None:
-    """Give every layer of :func:`fuse_single_layers` in ``model`` its own class back."""
-    for module in model.modules():
-        if isinstance(module, FusedLayer):
-            module.__dict__.pop(_CACHE, None)
-            module.__dict__.pop("number", None)
-            module.__class__ = module.float_type  # type: ignore[assignment]
-
-
 def why_not_fused(layer: nn.Module) -> str | None:
     """Answer why a layer of a registered class cannot run as one operator; ``None`` if it can, or already does."""
-    layout = layer.layout if isinstance(layer, FusedLayer) else _LAYOUTS[_name_of(type(layer))]
+    layout = layer.layout if isinstance(layer, FusedLayer) else _LAYOUTS[qualified_name(type(layer))]
     objection = layout.objection(layer)
     if objection is not None:
         return objection
@@ -304,7 +270,7 @@ def why_not_fused(layer: nn.Module) -> str | None:
 
 def _why_not_linear(linear: nn.Module, activated: bool, layout: LayerLayout) -> str | None:
     if layout.takes_few_bits and type(linear) is WeightOnlyLinear:
-        return None if linear.scheme.kind == WEIGHT_ONLY else "is of another kind"
+        return None
     if type(linear) is not QuantizedLinear or linear.scheme.kind != INT8_DYNAMIC:
         return "is not an int8 linear layer"
     if linear.shares_weight:

@@ -12,18 +12,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from mono_quant.modules.compiled_layer import HeldCache, number_layer
+from mono_quant.modules.compiled_layer import HeldCache
 from mono_quant.modules.decoder_layer import asks_for_more
-from mono_quant.modules.fused_layer import FusedLayer, fuse_single_layers, report_once, restore_single_layers, why_parts
+from mono_quant.modules.exchanged_class import ExchangedClass, qualified_name
+from mono_quant.modules.fused_layer import FusedLayer, fuse_single_layers, report_once, why_parts
 from mono_quant.modules.stack_call import StackOperands, all_fused, call_stack, call_stack_from_graph, gather_stack
 from mono_quant.ops import get_backend
 
-_CACHE: Final = "_stack_operands"
 _running = threading.local()
 
 
@@ -42,15 +42,14 @@ class StackLayout:
     refuse: Callable[[nn.Module], str | None]
 
 
-class LayerStack(nn.Module):
+class LayerStack(ExchangedClass):
     """What a decoder model becomes whose layers can run as one operator: a subclass of this and of its own class.
 
     Where an input or the layers' state does not allow it, each layer is called in turn.
     """
 
-    float_type: type[nn.Module]
+    cache_name = "_stack_operands"
     stack: StackLayout
-    number: int  # by which compiled graphs call the layers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or self.training or get_backend() != "native":
@@ -62,22 +61,20 @@ class LayerStack(nn.Module):
         finally:
             _running.model = before
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = self.__dict__.copy()
-        state.pop(_CACHE, None)
-        state.pop("number", None)
-        return _new_model, (self.float_type,), state
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # The linear layers leave their tiles: nobody else may hold them.
-        self.__dict__.pop(_CACHE, None)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+    @classmethod
+    def derived(cls, float_type: type[nn.Module]) -> type[Self]:
+        if float_type not in _STACKED:
+            layout = _STACKS[qualified_name(float_type)]
+            body = {"float_type": float_type, "stack": layout, layout.layers: property(_seen_layers)}
+            # It keeps its name, which transformers writes into configurations.
+            named = {"__module__": float_type.__module__, "__qualname__": float_type.__qualname__}
+            made = type(float_type.__name__, (LayerStack, float_type), body | named)
+            _STACKED.setdefault(float_type, made)  # of two threads that come here at once, both get the same class
+        return _STACKED[float_type]  # type: ignore[return-value]
 
     def all_layers(self) -> nn.ModuleList:
         """Answer the layers, whoever asks."""
-        layers: Any = self._modules[self.stack.layers]
-        return layers  # type: ignore[no-any-return]
+        return self._modules[self.stack.layers]  # type: ignore[return-value]
 
     def run_layers(self, x: Tensor, caches: Sequence[HeldCache], angles: tuple[Tensor, Tensor], mask: Any) -> Tensor:
         """Answer what the layers answer, for a compiled graph that hands their caches on.
@@ -129,17 +126,17 @@ class LayerStack(nn.Module):
         return call_stack(layers, operands, x, angles, mask, cache)
 
     def _operands(self) -> StackOperands | None:
-        found: StackOperands | None = self.__dict__.get(_CACHE)
+        found: StackOperands | None = self.__dict__.get(self.cache_name)
         layers = self.all_layers()
         if found is not None and found.are_current(layers):
             return found
-        self.__dict__.pop(_CACHE, None)
+        self.__dict__.pop(self.cache_name, None)
         gathered = gather_stack(layers) if all_fused(layers) else None
         if not isinstance(gathered, StackOperands):
             if gathered is not None:
                 self._report(gathered)
             return None
-        self.__dict__[_CACHE] = gathered
+        self.__dict__[self.cache_name] = gathered
         return gathered
 
     def _report(self, reason: str) -> None:
@@ -192,8 +189,9 @@ def register_stack(qualified_name: str, layout: StackLayout) -> None:
 def fuse_layers(model: nn.Module) -> list[str]:
     """Let every layer in ``model`` that can run as one operator do so, and decoders run all of theirs in one call.
 
-    A layer can if all its linear layers are int8 with a weight of their own, its norms are float32, and its activation
-    is computed inside the linear layer before (see :func:`mono_quant.modules.fuse_activations`, which comes first).
+    A layer can if all its linear layers are int8 with a weight of their own (in decoders also with weights of few
+    bits), its norms are float32, and its activation is computed inside the int8 linear layer before (see
+    :func:`mono_quant.modules.fuse_activations`, which comes first).
 
     Args:
         model: Changed in place.
@@ -203,43 +201,10 @@ def fuse_layers(model: nn.Module) -> list[str]:
     """
     fused = fuse_single_layers(model)
     for module in model.modules():
-        layout = _STACKS.get(_name_of(type(module)))
+        layout = _STACKS.get(qualified_name(type(module)))
         if layout is None or isinstance(module, LayerStack):
             continue
         layers = getattr(module, layout.layers)
         if len(layers) and all_fused(layers) and layout.refuse(module) is None:
-            module.__class__ = _stacked_class(type(module))
-            module.__dict__["number"] = number_layer(module)
+            LayerStack.take_place(module)
     return fused
-
-
-def restore_layers(model: nn.Module) -> None:
-    """Give every layer and model in ``model`` that :func:`fuse_layers` has changed its own class back."""
-    for module in model.modules():
-        if isinstance(module, LayerStack):
-            module.__dict__.pop(_CACHE, None)
-            module.__dict__.pop("number", None)
-            module.__class__ = module.float_type  # type: ignore[assignment]
-    restore_single_layers(model)
-
-
-def _new_model(float_type: type[nn.Module]) -> nn.Module:
-    kind = _stacked_class(float_type)
-    model: nn.Module = kind.__new__(kind)
-    model.__dict__["number"] = number_layer(model)
-    return model
-
-
-def _stacked_class(float_type: type[nn.Module]) -> type[LayerStack]:
-    if float_type not in _STACKED:
-        layout = _STACKS[_name_of(float_type)]
-        body = {"float_type": float_type, "stack": layout, layout.layers: property(_seen_layers)}
-        # It keeps its name, which transformers writes into configurations.
-        named = {"__module__": float_type.__module__, "__qualname__": float_type.__qualname__}
-        made = type(float_type.__name__, (LayerStack, float_type), body | named)
-        _STACKED.setdefault(float_type, made)  # of two threads that come here at once, both get the same class
-    return _STACKED[float_type]
-
-
-def _name_of(kind: type[nn.Module]) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -9,8 +9,8 @@ from torch import nn
 
 from mono_quant.errors import InputTypeError
 from mono_quant.modules.base import QuantizedModule
+from mono_quant.modules.exchanged_class import restore_layers
 from mono_quant.modules.fusion import FusedActivation
-from mono_quant.modules.layer_stack import restore_layers
 from mono_quant.modules.transformer import restore_fused_path
 
 
