@@ -28,7 +28,8 @@ TARGET_VERSION = "0x020a000000000000"
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512VNNI = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-AMX = [*AVX512VNNI, "-mamx-tile", "-mamx-int8"]
+AVX512BF16 = [*AVX512VNNI, "-mavx512bf16"]
+AMX = [*AVX512VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 # No contraction of a * b + c: a kernel rounds the same way whatever the instruction set.
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 # gcc warns about its own headers: their undefined vectors are meant to be so.
@@ -81,6 +82,7 @@ def units() -> list[tuple[str, list[str]]]:
             ("kernels_avx2.cpp", KERNEL + AVX2),
             ("kernels_avxvnni.cpp", KERNEL + AVX2),
             ("kernels_avx512vnni.cpp", KERNEL + AVX512VNNI),
+            ("kernels_avx512bf16.cpp", KERNEL + AVX512BF16),
             ("kernels_amx.cpp", KERNEL + AMX),
         ]
     return found

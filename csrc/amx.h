@@ -1,4 +1,4 @@
-// The five tile operations the AMX kernel needs. With MONO_QUANT_AMX_EMULATED they are plain loops, so that blocking,
+// The tile operations the AMX kernels need. With MONO_QUANT_AMX_EMULATED they are plain loops, so that blocking,
 // padding and epilogue can be tested on processors without tiles; release builds never define it.
 #pragma once
 
@@ -31,6 +31,28 @@ inline void emulated_dpbusd(int sum, int a, int b) {
     }
   }
 }
+inline float emulated_bf16(const uint8_t* from) {
+  uint16_t half;
+  memcpy(&half, from, 2);
+  const uint32_t word = (uint32_t)half << 16;
+  float v;
+  memcpy(&v, &word, 4);
+  return v;
+}
+inline void emulated_dpbf16(int sum, int a, int b) {
+  for (int r = 0; r < 16; ++r) {
+    for (int c = 0; c < 16; ++c) {
+      float part[2] = {0.f, 0.f}, total;
+      for (int k = 0; k < 32; ++k) {
+        const float w = emulated_bf16(emulated_tiles[b][k / 2] + c * 4 + k % 2 * 2);
+        part[k % 2] = __builtin_fmaf(emulated_bf16(emulated_tiles[a][r] + k * 2), w, part[k % 2]);
+      }
+      memcpy(&total, emulated_tiles[sum][r] + c * 4, 4);
+      total += part[0] + part[1];
+      memcpy(emulated_tiles[sum][r] + c * 4, &total, 4);
+    }
+  }
+}
 
 }  // namespace
 
@@ -40,6 +62,7 @@ inline void emulated_dpbusd(int sum, int a, int b) {
 #define TILE_LOAD(t, p, stride) emulated_load(t, p, stride)
 #define TILE_STORE(t, p, stride) emulated_store(t, p, stride)
 #define TILE_DPBUSD(sum, a, b) emulated_dpbusd(sum, a, b)
+#define TILE_DPBF16(sum, a, b) emulated_dpbf16(sum, a, b)
 #define TILE_BARRIER() ((void)0)
 
 #else
@@ -75,6 +98,7 @@ inline void configure_tiles() {
 #define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
 #define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
 #define TILE_DPBUSD(sum, a, b) _tile_dpbusd(sum, a, b)
+#define TILE_DPBF16(sum, a, b) _tile_dpbf16ps(sum, a, b)
 #define TILE_BARRIER() __asm__ volatile("" ::: "memory")
 
 #endif

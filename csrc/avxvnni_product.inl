@@ -9,6 +9,7 @@ using Code = uint8_t;
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kTileCols = 64;
 constexpr int64_t kFloatRows = 3;
+constexpr bool kPairs = false;
 constexpr bool kEvenTiles = true;
 constexpr bool kWidePanels = false;
 // Code rows of one block stay in the second-level cache beside the weight panels they meet.

@@ -20,8 +20,9 @@ inline int64_t dword_start(int64_t k) { return k / 8 * 8; }
 
 struct FloatScratch {
   float* x;  // converted rows; unused for float32 input
+  uint16_t* pairs;  // rows of pairs of bfloat16, where they are met so
   float* total;  // [rows][kFloatCols]
-  float* panel;  // [kDecodeDepth][kFloatCols]
+  float* panel;  // [kDecodeDepth][kFloatCols], or half as many rows of pairs of bfloat16
   float* scale;  // [groups][kFloatCols]
   float* zero_point;  // the same
   int64_t bytes;
@@ -30,15 +31,25 @@ struct FloatScratch {
 inline int64_t group_count(const FloatLinearArgs& p) { return p.group_size > 0 ? p.k / p.group_size : 1; }
 
 inline int64_t float_block_rows(const FloatLinearArgs& p, int64_t rows) {
-  const int64_t fit = kFloatBlockBytes / (4 * p.k + 4);
-  return mono_quant::smaller(rows, mono_quant::smaller(mono_quant::larger(fit, 4 * kFloatRows), 192));
+  const bool pairs = kPairs && p.dtype == mono_quant::kBFloat16 && p.bits != 16;
+  const int64_t fit = kFloatBlockBytes / ((pairs ? 2 : 4) * p.k + 4);
+  const int64_t most = mono_quant::smaller(mono_quant::larger(fit, 4 * kFloatRows), pairs ? 384 : 192);
+  const int64_t blocks = (rows + most - 1) / most;
+  // Even blocks, of whole tiles of either kind.
+  const int64_t even = mono_quant::round_up((rows + blocks - 1) / blocks, 32 * kFloatRows);
+  return mono_quant::smaller(rows, mono_quant::smaller(even, most));
 }
+
+inline int64_t padded_pairs(const FloatLinearArgs& p) { return mono_quant::round_up(p.k, kChain); }
 
 inline FloatScratch carve_float(const FloatLinearArgs& p, int64_t rows, char* base) {
   const int64_t count = float_block_rows(p, rows);
   int64_t at = 0;
   FloatScratch s;
   s.x = (float*)piece(base, &at, p.dtype == mono_quant::kFloat32 ? 0 : count * p.k * 4);
+  // Tiles have sixteen rows.
+  const int64_t pair_rows = kPairs && p.dtype == mono_quant::kBFloat16 ? mono_quant::round_up(count, 16) : 0;
+  s.pairs = (uint16_t*)piece(base, &at, pair_rows * padded_pairs(p) * 2);
   s.total = (float*)piece(base, &at, count * kFloatCols * 4);
   s.panel = (float*)piece(base, &at, kDecodeDepth * kFloatCols * 4);
   // Decoding zero points fills whole groups of four rows.

@@ -12,7 +12,8 @@ struct DirectColumns {
 };
 
 // kChains chains from input `k` on, side by side to hide the latency, their values from register to multiply-add.
-template <int kBits, int kRows, int kChains, bool kZeroPoints>
+// With kEvenBesideOdd even and odd inputs are summed apart, then added, as tiles do (bfloat16_tiles.inl).
+template <int kBits, int kRows, int kChains, bool kZeroPoints, bool kEvenBesideOdd>
 inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, int64_t k, F32* sum) {
   constexpr int64_t kPerDword = 32 / kBits, kPerChain = kChain / kPerDword, kDwords = kChains * kPerChain;
   const char* weight = c.weight + k * kBits / 8;
@@ -20,7 +21,8 @@ inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, i
   for (int64_t d = 0; d < kDwords; d += kLanes) {
     load_transposed(weight + d * 4, c.row_bytes, c.rows, (kDwords - d) * 4, t + d);
   }
-  F32 part[kChains][kRows], zero_point[kChains];
+  constexpr int kParts = kEvenBesideOdd ? 2 : 1;
+  F32 part[kChains][kRows][kParts], zero_point[kChains];
   int64_t group[kChains];
 #pragma GCC unroll 4
   for (int i = 0; i < kChains; ++i) {
@@ -28,7 +30,9 @@ inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, i
     zero_point[i] = splat(kStoredOffset<kBits>);
     if (kZeroPoints) zero_point[i] = add(zero_point[i], load_f32(c.zero_points + group[i]));
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) part[i][r] = splat(0.f);
+    for (int r = 0; r < kRows; ++r) {
+      for (int j = 0; j < kParts; ++j) part[i][r][j] = splat(0.f);
+    }
   }
   x += k;
   for (int64_t d = 0; d < kPerChain; ++d) {
@@ -43,7 +47,8 @@ inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, i
         if (kZeroPoints || kStoredOffset<kBits> != 0) v = sub(v, zero_point[i]);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          part[i][r] = fma(splat(x[r * ldx + i * kChain + d * kPerDword + j]), v, part[i][r]);
+          F32& sum_of = part[i][r][j % kParts];
+          sum_of = fma(splat(x[r * ldx + i * kChain + d * kPerDword + j]), v, sum_of);
         }
       }
     }
@@ -52,13 +57,14 @@ inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, i
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < kChains; ++i) {
-      sum[r] = kBits == 16 ? add(sum[r], part[i][r]) : fma(part[i][r], load_f32(c.scales + group[i]), sum[r]);
+      const F32 all = kEvenBesideOdd ? add(part[i][r][0], part[i][r][kParts - 1]) : part[i][r][0];
+      sum[r] = kBits == 16 ? add(sum[r], all) : fma(all, load_f32(c.scales + group[i]), sum[r]);
     }
   }
 }
 
 // Few rows: one vector of columns along all whole chains. Same sums in the same order as float_product.
-template <int kBits, int kRows, bool kZeroPoints>
+template <int kBits, int kRows, bool kZeroPoints, bool kEvenBesideOdd>
 void float_product_direct(const DirectColumns& c, const float* x, int64_t ldx, int64_t depth, float* total) {
   // The rows of the next vector of columns are fetched in their order in memory: the rows at hand are read across, as
   // many streams as there are lanes, which no processor foresees. Into the second level: they are a tile away.
@@ -71,27 +77,33 @@ void float_product_direct(const DirectColumns& c, const float* x, int64_t ldx, i
   int64_t k = 0;
   for (; k + 4 * kChain <= depth; k += 4 * kChain) {
     for (const char* end = ahead + share; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    direct_chains<kBits, kRows, 4, kZeroPoints>(c, x, ldx, k, sum);
+    if constexpr (kEvenBesideOdd && kRows > 2) {
+      // Twice the sums: as many as there are registers.
+      direct_chains<kBits, kRows, 2, kZeroPoints, kEvenBesideOdd>(c, x, ldx, k, sum);
+      direct_chains<kBits, kRows, 2, kZeroPoints, kEvenBesideOdd>(c, x, ldx, k + 2 * kChain, sum);
+    } else {
+      direct_chains<kBits, kRows, 4, kZeroPoints, kEvenBesideOdd>(c, x, ldx, k, sum);
+    }
   }
   if (k + 2 * kChain <= depth) {
-    direct_chains<kBits, kRows, 2, kZeroPoints>(c, x, ldx, k, sum);
+    direct_chains<kBits, kRows, 2, kZeroPoints, kEvenBesideOdd>(c, x, ldx, k, sum);
     k += 2 * kChain;
   }
-  if (k < depth) direct_chains<kBits, kRows, 1, kZeroPoints>(c, x, ldx, k, sum);
+  if (k < depth) direct_chains<kBits, kRows, 1, kZeroPoints, kEvenBesideOdd>(c, x, ldx, k, sum);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) store_f32(total + r * kFloatCols, sum[r]);
 }
 
-template <int kBits, bool kZeroPoints>
+template <int kBits, bool kZeroPoints, bool kEvenBesideOdd>
 void float_rows_direct(int64_t rows, const DirectColumns& c, const float* x, int64_t ldx, int64_t depth, float* total) {
-  if (rows == 1) float_product_direct<kBits, 1, kZeroPoints>(c, x, ldx, depth, total);
-  else if (rows == 2) float_product_direct<kBits, 2, kZeroPoints>(c, x, ldx, depth, total);
-  else if (rows == 3) float_product_direct<kBits, 3, kZeroPoints>(c, x, ldx, depth, total);
-  else float_product_direct<kBits, 4, kZeroPoints>(c, x, ldx, depth, total);
+  if (rows == 1) float_product_direct<kBits, 1, kZeroPoints, kEvenBesideOdd>(c, x, ldx, depth, total);
+  else if (rows == 2) float_product_direct<kBits, 2, kZeroPoints, kEvenBesideOdd>(c, x, ldx, depth, total);
+  else if (rows == 3) float_product_direct<kBits, 3, kZeroPoints, kEvenBesideOdd>(c, x, ldx, depth, total);
+  else float_product_direct<kBits, 4, kZeroPoints, kEvenBesideOdd>(c, x, ldx, depth, total);
 }
 
 // The depth done: all whole chains, if there are few rows and chains of 32 throughout; else nothing.
-template <int kBits>
+template <int kBits, bool kEvenBesideOdd>
 int64_t float_direct(const FloatLinearArgs& p, int64_t col, int64_t cols, const float* x, int64_t ldx, int64_t rows,
                      int64_t group_size, const FloatScratch& s) {
   if (rows > kDirectRows || (group_size % kChain != 0 && group_size != p.k)) return 0;
@@ -100,9 +112,9 @@ int64_t float_direct(const FloatLinearArgs& p, int64_t col, int64_t cols, const 
     const DirectColumns c = {(const char*)p.weight + (col + half) * p.row_bytes, p.row_bytes,
                              mono_quant::smaller(kLanes, cols - half), s.scale + half, s.zero_point + half, group_size};
     if (kBits != 16 && p.weight_zero_point) {
-      float_rows_direct<kBits, kBits != 16>(rows, c, x, ldx, depth, s.total + half);
+      float_rows_direct<kBits, kBits != 16, kEvenBesideOdd>(rows, c, x, ldx, depth, s.total + half);
     } else {
-      float_rows_direct<kBits, false>(rows, c, x, ldx, depth, s.total + half);
+      float_rows_direct<kBits, false, kEvenBesideOdd>(rows, c, x, ldx, depth, s.total + half);
     }
   }
   return depth;

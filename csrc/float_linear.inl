@@ -8,9 +8,20 @@
 //
 // Sums run over chains of at most 32 inputs that end where a group ends: part = sum x * code, total += part * scale.
 // The order does not depend on the number of rows, so a row's result does not either. The unit that includes this file
-// supplies kFloatRows, the rows of a register tile.
+// supplies kFloatRows, the rows of a register tile, and kPairs, whether it includes bfloat16_pairs.inl behind this file.
 
 namespace {
+
+// Only where kPairs: rows of bfloat16 times weights of few bits. False, and nothing is done, where they cannot be met so.
+template <int kBits>
+bool linear_of_pairs(const FloatLinearArgs& p, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
+                     void* scratch);
+// The rows of a block as pairs, and what some chains add to their sums.
+template <int kBits>
+void pair_rows(const FloatLinearArgs& p, int64_t row, int64_t rows, uint16_t* to);
+template <int kBits>
+void chains_of_pairs(const FloatLinearArgs& p, int64_t col, int64_t cols, int64_t rows, const Chain* chains,
+                     int64_t chain_count, const FloatScratch& s);
 
 template <int kRows>
 void float_product(const float* x, int64_t ldx, const Chain* chains, int64_t chain_count, const FloatScratch& s,
@@ -104,30 +115,37 @@ const float* float_x_rows(const FloatLinearArgs& p, int64_t row, int64_t rows, f
   return to;
 }
 
-template <int kType, int kBits>
-void float_linear_typed(const FloatLinearArgs& p, int64_t row_begin, int64_t row_end, int64_t col_begin,
-                        int64_t col_end, void* scratch) {
+template <int kType, int kBits, bool kPaired, bool kEvenBesideOdd>
+void float_linear_blocks(const FloatLinearArgs& p, int64_t row_begin, int64_t row_end, int64_t col_begin,
+                         int64_t col_end, void* scratch) {
   const FloatScratch s = carve_float(p, row_end - row_begin, (char*)scratch);
   const int64_t step = float_block_rows(p, row_end - row_begin), group_size = kBits == 16 ? p.k : p.group_size;
   constexpr bool kScaled = kBits != 16;
   for (int64_t row = row_begin; row < row_end; row += step) {
     const int64_t rows = mono_quant::smaller(step, row_end - row);
-    int64_t ldx;
-    const float* x = float_x_rows<kType>(p, row, rows, s.x, &ldx);
+    int64_t ldx = 0;
+    const float* x = nullptr;
+    if (!kPaired || rows <= kDirectRows) x = float_x_rows<kType>(p, row, rows, s.x, &ldx);
+    if constexpr (kPaired) pair_rows<kBits>(p, row, rows, s.pairs);
     for (int64_t col = col_begin; col < col_end; col += kFloatCols) {
       const int64_t cols = mono_quant::smaller(kFloatCols, col_end - col);
       memset(s.total, 0, (size_t)(rows * kFloatCols * 4));
       decode_groups(p, col, cols, s);
-      for (int64_t k = float_direct<kBits>(p, col, cols, x, ldx, rows, group_size, s); k < p.k;) {
+      for (int64_t k = float_direct<kBits, kEvenBesideOdd>(p, col, cols, x, ldx, rows, group_size, s); k < p.k;) {
         // Whole chains, up to the depth of the decoded panel.
-        Chain chains[kDecodeDepth / 8];
+        constexpr int64_t kDepth = kPaired ? 2 * kDecodeDepth : kDecodeDepth;
+        Chain chains[kDepth / 8];
         int64_t count = 0;
-        for (const int64_t k0 = dword_start(k); k < p.k && count < kDecodeDepth / 8; ++count) {
+        for (const int64_t k0 = dword_start(k); k < p.k && count < kDepth / 8; ++count) {
           const int64_t in_group = k % group_size;
           const int64_t length = mono_quant::smaller(kChain, group_size - in_group);
-          if (k + length - k0 > kDecodeDepth) break;
+          if (k + length - k0 > kDepth) break;
           chains[count] = Chain{k, length, k / group_size};
           k += length;
+        }
+        if constexpr (kPaired) {
+          chains_of_pairs<kBits>(p, col, cols, rows, chains, count, s);
+          continue;
         }
         decode_panel<kBits>(p, col, cols, chains, count, s);
         for (int64_t r = 0; r < rows; r += kFloatRows) {
@@ -141,6 +159,15 @@ void float_linear_typed(const FloatLinearArgs& p, int64_t row_begin, int64_t row
       }
     }
   }
+}
+
+template <int kType, int kBits>
+void float_linear_typed(const FloatLinearArgs& p, int64_t row_begin, int64_t row_end, int64_t col_begin,
+                        int64_t col_end, void* scratch) {
+  if constexpr (kPairs && kType == mono_quant::kBFloat16 && kBits != 16) {
+    if (linear_of_pairs<kBits>(p, row_begin, row_end, col_begin, col_end, scratch)) return;
+  }
+  float_linear_blocks<kType, kBits, false, false>(p, row_begin, row_end, col_begin, col_end, scratch);
 }
 
 template <int kType>

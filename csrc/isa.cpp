@@ -51,10 +51,12 @@ bool has_avx512vnni() {
   return has_avx2() && f && dq && bw && vl && vnni && (saved_state() & 0xe6) == 0xe6;
 }
 
+bool has_avx512bf16() { return has_avx512vnni() && (cpuid(7, 1).a >> 5 & 1); }
+
 bool has_amx() {
   const Registers seven = cpuid(7, 0);
-  const bool tile = seven.d >> 24 & 1, int8 = seven.d >> 25 & 1;
-  if (!has_avx512vnni() || !tile || !int8 || (saved_state() & 0x60000) != 0x60000) return false;
+  const bool tile = seven.d >> 24 & 1, int8 = seven.d >> 25 & 1, bf16 = seven.d >> 22 & 1;
+  if (!has_avx512vnni() || !tile || !int8 || !bf16 || (saved_state() & 0x60000) != 0x60000) return false;
 #if defined(__linux__)
   // Tile registers are saved only for processes that ask: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -65,14 +67,27 @@ bool has_amx() {
 
 #endif
 
+#if defined(__x86_64__)
+
+KernelTable with_float_linear(KernelTable table, const char* name, const FloatLinearKernels& kernels) {
+  table.name = name;
+  table.float_linear_scratch_bytes = kernels.scratch_bytes;
+  table.float_linear = kernels.run;
+  return table;
+}
+
+#endif
+
 struct Available {
-  const KernelTable* tables[5];
+  const KernelTable* tables[6];
   int count = 0;
   char names[64];
 
   Available() {
 #if defined(__x86_64__)
     if (has_amx()) tables[count++] = &kAmxKernels;
+    static const KernelTable bf16 = with_float_linear(kAvx512VnniKernels, "avx512bf16", kAvx512Bf16FloatLinear);
+    if (has_avx512bf16()) tables[count++] = &bf16;
     if (has_avx512vnni()) tables[count++] = &kAvx512VnniKernels;
     if (has_avxvnni()) tables[count++] = &kAvxVnniKernels;
     if (has_avx2()) tables[count++] = &kAvx2Kernels;

@@ -148,11 +148,20 @@ struct KernelTable {
   const struct CodeKernels* codes;  // see codes.h
 };
 
+// What a unit has that differs from another one's in this alone.
+struct FloatLinearKernels {
+  int64_t (*scratch_bytes)(const FloatLinearArgs& args, int64_t rows);
+  void (*run)(const FloatLinearArgs& args, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
+              void* scratch);
+};
+
 // One per unit; null when the unit was not built for this architecture.
 extern const KernelTable kGenericKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvxVnniKernels;
 extern const KernelTable kAvx512VnniKernels;
+// Beside the AVX-512 VNNI ones.
+extern const FloatLinearKernels kAvx512Bf16FloatLinear;
 extern const KernelTable kAmxKernels;
 // Only in the tests: the AMX unit built with emulated tiles.
 extern const KernelTable kAmxEmulatedKernels;

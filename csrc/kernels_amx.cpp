@@ -1,4 +1,4 @@
-// AMX-int8 kernels; what is not a product of many rows is the AVX-512 VNNI code.
+// AMX kernels, for int8 and bfloat16; what is not a product of many rows is the AVX-512 VNNI code.
 //
 // Bound: one tile load for each tile product (2 x 2 tiles share two loads of codes and two of weights among four
 // products); see amx_pipeline.inl.
@@ -6,6 +6,8 @@
 #include "codes.h"
 #include "vec_avx512.h"
 #include "amx.h"
+#include "scratch.inl"
+#include "elements.inl"
 #include "rows.inl"
 #include "exponential.inl"
 #include "gelu_table.inl"
@@ -16,6 +18,7 @@ namespace {
 
 using Code = uint8_t;
 constexpr int64_t kFloatRows = 6;
+constexpr bool kPairs = true;
 constexpr int64_t kTileRows = 32;
 // Up to this many rows a product of tiles is mostly padding.
 constexpr int64_t kVnniRows = 4;
@@ -127,6 +130,8 @@ void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int
 #include "float_decode.inl"
 #include "float_direct.inl"
 #include "float_linear.inl"
+#include "bfloat16_tiles.inl"
+#include "bfloat16_pairs.inl"
 
 namespace {
 

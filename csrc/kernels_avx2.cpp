@@ -9,6 +9,8 @@
 #include "kernels.h"
 #include "codes.h"
 #include "vec_avx2.h"
+#include "scratch.inl"
+#include "elements.inl"
 #include "rows.inl"
 #include "exponential.inl"
 #include "gelu.inl"

@@ -8,6 +8,8 @@
 #include "kernels.h"
 #include "codes.h"
 #include "vec_avx512.h"
+#include "scratch.inl"
+#include "elements.inl"
 #include "rows.inl"
 #include "exponential.inl"
 #include "gelu_table.inl"
@@ -20,6 +22,7 @@ using Code = uint8_t;
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kTileCols = 64;
 constexpr int64_t kFloatRows = 6;
+constexpr bool kPairs = false;
 constexpr int64_t kVnniRows = kTileRows;
 constexpr bool kEvenTiles = true;
 constexpr bool kWidePanels = false;

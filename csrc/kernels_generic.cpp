@@ -5,6 +5,8 @@
 #include "kernels.h"
 #include "codes.h"
 #include "vec_generic.h"
+#include "scratch.inl"
+#include "elements.inl"
 #include "rows.inl"
 #include "exponential.inl"
 #include "gelu.inl"
@@ -17,6 +19,7 @@ using Code = int16_t;
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileCols = 16;
 constexpr int64_t kFloatRows = 3;
+constexpr bool kPairs = false;
 constexpr bool kEvenTiles = true;
 constexpr bool kWidePanels = false;
 // Code rows of one block stay in the second-level cache beside the weight panels they meet.

@@ -133,13 +133,6 @@ inline int64_t block_rows(const LinearArgs& p, int64_t rows) {
   return mono_quant::smaller(mono_quant::smaller(fit, kBlockRows), mono_quant::round_up(rows, kTileRows));
 }
 
-// The next 64-byte aligned piece of a scratch area; with a null base only the size is counted.
-inline char* piece(char* base, int64_t* at, int64_t bytes) {
-  char* p = base ? base + *at : nullptr;
-  *at += mono_quant::round_up(bytes, 64);
-  return p;
-}
-
 struct Scratch {
   uint8_t* codes;
   Code* wide;

@@ -33,7 +33,8 @@ wait
       compile avx2 $kernel $avx2 "$root/csrc/kernels_avx2.cpp"
       compile avxvnni $kernel $avx2 "$root/csrc/kernels_avxvnni.cpp"
       compile avx512vnni $kernel $avx512 "$root/csrc/kernels_avx512vnni.cpp"
-      compile amx $kernel $avx512 -mamx-tile -mamx-int8 "$root/csrc/kernels_amx.cpp"
+      compile avx512bf16 $kernel $avx512 -mavx512bf16 "$root/csrc/kernels_avx512bf16.cpp"
+      compile amx $kernel $avx512 -mamx-tile -mamx-int8 -mamx-bf16 "$root/csrc/kernels_amx.cpp"
       compile amx_emulated $kernel $avx512 -DMONO_QUANT_AMX_EMULATED "$root/csrc/kernels_amx.cpp"
       ;;
   esac

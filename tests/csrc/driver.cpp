@@ -304,6 +304,21 @@ void test_embedding(const KernelTable& t, int64_t rows, int64_t dim, int variant
   }
 }
 
+// A row's result does not depend on the number of rows.
+void expect_rows_alone(const KernelTable& t, const FloatLinearArgs& args, Output& out, const std::string& what) {
+  const int64_t size = args.dtype == kFloat32 ? 4 : 2, bytes = args.n * size;
+  for (int64_t r = 0; r < args.m; ++r) {
+    Output alone(args.dtype, args.n);
+    FloatLinearArgs one = args;
+    one.x = (const char*)args.x + r * args.x_stride * size;
+    one.m = 1;
+    one.out = alone.data();
+    Aligned scratch(t.float_linear_scratch_bytes(one, 1));
+    t.float_linear(one, 0, 1, 0, one.n, scratch.p);
+    expect(std::memcmp((const char*)out.data() + r * bytes, alone.data(), (size_t)bytes) == 0, what);
+  }
+}
+
 void test_float_linear(const KernelTable& t, int64_t m, int64_t k, int64_t n, int bits, int64_t group, int variant) {
   const DType dtype = (DType)(variant % 3);
   const int64_t words = bits == 16 ? 0 : (k * bits + 31) / 32, groups = bits == 16 ? 1 : k / group;
@@ -372,6 +387,7 @@ void test_float_linear(const KernelTable& t, int64_t m, int64_t k, int64_t n, in
              shape(t, bits == 4 ? "int4" : bits == 8 ? "int8" : "half", m, k, n, variant));
     }
   }
+  expect_rows_alone(t, args, out, shape(t, "float linear, a row alone", m, k, n, variant));
 }
 
 // A convolution of either kind, in two ranges of pixels (rows) and columns, as threads would take them.
@@ -524,7 +540,7 @@ void test_table(const KernelTable& t) {
   }
   for (int i = 0; i < 4; ++i) test_linear(t, 3, i % 2 ? 66000 : 33000, 5, 6 * i + i / 2);
   for (const int64_t dim : {1, 3, 4, 15, 16, 17, 40}) test_embedding(t, 9, dim, variant++);
-  for (const int64_t m : {1, 2, 4, 5, 13, 25}) {
+  for (const int64_t m : {1, 2, 4, 5, 13, 25, 40}) {
     for (const int64_t n : {1, 15, 33, 70}) {
       test_float_linear(t, m, 256, n, 4, 64, variant++);
       test_float_linear(t, m, 384, n, 4, 128, variant++);

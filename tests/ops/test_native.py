@@ -17,10 +17,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mono_quant import ops
-from mono_quant.core import pack_int32
+from mono_quant.core import pack_int32, quantize_weight_groupwise
 from mono_quant.errors import BackendError
 from mono_quant.ops import native
-from tests.ops.operands import ACTIVATIONS, DTYPES, OPS, LinearWeight, in_dtype, make_row, rows, same_bits
+from tests.ops.operands import (
+    ACTIVATIONS,
+    DTYPES,
+    OPS,
+    LinearWeight,
+    assert_rounded_from,
+    in_dtype,
+    make_row,
+    rows,
+    same_bits,
+)
 
 pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
 
@@ -195,6 +205,35 @@ class TestEveryInstructionSet:
             )
             assert torch.equal(OPS.linear_half(narrow[part], half, None), float16[part])
 
+    @given(
+        m=st.integers(1, 70), n=st.sampled_from(SIZES), groups=st.integers(1, 5), bits=st.sampled_from([4, 8]),
+        size=st.sampled_from([7, 16, 32, 64, 96, 100, 131]), symmetric=st.booleans(), dtype=st.sampled_from(DTYPES),
+    )  # fmt: skip
+    def test_rows_meet_weights_of_few_bits_the_same_way_alone_and_together(
+        self, m: int, n: int, groups: int, bits: int, size: int, symmetric: bool, dtype: torch.dtype
+    ) -> None:
+        weight = quantize_weight_groupwise(torch.randn(n, groups * size), size, symmetric, bits)
+        packed = pack_int32(weight.codes, bits)
+        x = torch.randn(m, groups * size) * torch.logspace(-30, 30, m).unsqueeze(1)
+        # Denormal numbers, and a row that is broken.
+        x[0] *= 1e-9
+        x[-1, 0] = torch.inf
+        x = x.to(dtype)
+
+        def run(part: Tensor) -> Tensor:
+            return OPS.linear_weight_only(
+                part, packed, weight.scale, weight.zero_point, None, groups * size, bits, size
+            )
+
+        together = run(x)
+        for first, last in ((0, 1), (m - 1, m), (m // 2, m // 2 + 3), (m // 3, m), (0, min(m, 17))):
+            assert same_bits(run(x[first:last]), together[first:last])
+        finite = x.isfinite().all(1)
+        exact = x[finite].double() @ weight.dequantize().double().t()
+        magnitude = x[finite].double().abs() @ weight.dequantize().double().abs().t()
+        # Units for bfloat16 treat denormal numbers as zeros.
+        assert_rounded_from(together[finite], exact, magnitude * (x.shape[1] + 4) / 6 + 1e-30)
+
     def test_eight_threads_at_once_get_their_own_answers(self) -> None:
         weight = LinearWeight.random(96, 130)
         inputs = [torch.randn(1 + 9 * i, 130) for i in range(16)]
@@ -225,6 +264,8 @@ class TestObjectCode:
         "kernels_generic.cpp": ("%ymm", "%zmm"),
         "kernels_avx2.cpp": ("%zmm", "%k1", "%xmm16", "%ymm16", "%ymm31", "vpdp"),
         "kernels_avxvnni.cpp": ("%zmm", "%k1", "%xmm16", "%ymm16", "%ymm31"),
+        "kernels_avx512vnni.cpp": ("vdpbf16ps", "%tmm"),
+        "kernels_avx512bf16.cpp": ("%tmm",),
         **{path.name: ("%ymm", "%zmm") for path in CSRC.glob("ops_*.cpp")},
         "isa.cpp": ("%ymm", "%zmm"),
     }
@@ -258,5 +299,7 @@ class TestObjectCode:
             assert not [word for word in wider if any(word in block for block in code[unit])], unit
         # The check sees what it looks for where it belongs.
         assert any("%zmm" in block for block in code["kernels_avx512vnni.cpp"])
+        assert any("vdpbf16ps" in block for block in code["kernels_avx512bf16.cpp"])
+        assert any("tdpbf16ps" in block for block in code["kernels_amx.cpp"])
         assert any("%ymm" in block for block in code["kernels_avx2.cpp"])
         assert any("{vex} vpdpbusd" in block for block in code["kernels_avxvnni.cpp"])
