@@ -1,4 +1,5 @@
-// Attention of one head: softmax(q k^T * scale + mask) v in float32, for any number of lanes.
+// Attention of one head: softmax(q k^T * scale + mask) v in float32, for any number of lanes. Keys and values may be
+// bfloat16.
 //
 // Keys are transposed once, so that scores come out side by side; six queries share each load of keys and values, whose
 // scores stay in the first-level cache from the product to the sum over values. Bound: the rate of multiply-adds, with an
@@ -20,41 +21,71 @@ inline int64_t padded_width(const AttentionArgs& p) { return mono_quant::round_u
 
 struct AttentionScratch {
   float* keys;  // [depth, padded keys]: transposed
-  float* values;  // [keys, padded width], where the depth is not a whole number of vectors
+  float* values;  // [keys, padded width], where they are not read as they are
   float* scores;  // [kQueryRows, padded keys]
   int64_t bytes;
 };
 
+// Whether values are copied: to whole vectors, or to float32 where they are read many times.
+inline bool copies_values(const AttentionArgs& p) {
+  return padded_width(p) != p.depth || (p.kv_dtype != mono_quant::kFloat32 && p.queries > kFewQueries);
+}
+
 inline AttentionScratch attention_scratch(const AttentionArgs& p, char* base) {
   const int64_t columns = padded_keys(p), width = padded_width(p);
-  const int64_t keys = width * columns, values = width == p.depth ? 0 : p.keys * width;
+  const int64_t keys = width * columns, values = copies_values(p) ? p.keys * width : 0;
   float* f = (float*)base;
   return {f, f + keys, f + keys + values, (keys + values + kQueryRows * columns) * (int64_t)sizeof(float)};
 }
 
 int64_t attention_scratch_bytes(const AttentionArgs& p) { return attention_scratch(p, nullptr).bytes; }
 
+// Elements of keys in a dword.
+template <int kType>
+constexpr int64_t kKeysInDword = 4 / element_size<kType>();
+
+// One of them, for each lane.
+template <int kType>
+inline F32 key_in_dword(I32 dword, int64_t i) {
+  if (kType == mono_quant::kFloat32) return bits_to_f32(dword);
+  return bits_to_f32(i == 0 ? shift_left<16>(dword) : and_i32(dword, splat_i32((int32_t)0xffff0000u)));
+}
+
+// kLanes dwords, from element `d` on, of up to kLanes keys from `key` on, one lane for each key.
+template <int kType>
+inline void load_keys(const AttentionArgs& p, int64_t key, int64_t rows, int64_t d, I32 block[kLanes]) {
+  constexpr int64_t kSize = element_size<kType>();
+  const char* from = (const char*)p.k + (key * p.k_stride + d) * kSize;
+  load_transposed(from, p.k_stride * kSize, rows, (p.depth - d) * kSize, block);
+}
+
+template <int kType>
 void transpose_keys(const AttentionArgs& p, float* to) {
-  const int64_t columns = padded_keys(p);
+  constexpr int64_t kStep = kLanes * kKeysInDword<kType>;
+  const int64_t columns = padded_keys(p), width = padded_width(p);
   for (int64_t key = 0; key < columns; key += kLanes) {
     const int64_t rows = mono_quant::smaller(kLanes, p.keys - key);
-    for (int64_t d = 0; d < p.depth; d += kLanes) {
+    for (int64_t d = 0; d < width; d += kStep) {
       I32 block[kLanes];
       if (rows > 0) {
-        const char* from = (const char*)(p.k + key * p.k_stride + d);
-        load_transposed(from, p.k_stride * 4, rows, (p.depth - d) * 4, block);
+        load_keys<kType>(p, key, rows, d, block);
       } else {
         for (int i = 0; i < kLanes; ++i) block[i] = splat_i32(0);
       }
-      for (int i = 0; i < kLanes; ++i) store_i32((int32_t*)to + (d + i) * columns + key, block[i]);
+      const int64_t count = mono_quant::smaller(kStep, width - d);
+      for (int64_t i = 0; i < count; ++i) {
+        const F32 v = key_in_dword<kType>(block[i / kKeysInDword<kType>], i % kKeysInDword<kType>);
+        store_f32(to + (d + i) * columns + key, v);
+      }
     }
   }
 }
 
+template <int kType>
 void pad_values(const AttentionArgs& p, float* to) {
   const int64_t width = padded_width(p);
   for (int64_t key = 0; key < p.keys; ++key, to += width) {
-    memcpy(to, p.v + key * p.v_stride, (size_t)p.depth * 4);
+    widen_typed<kType>((const char*)p.v + key * p.v_stride * element_size<kType>(), to, p.depth);
     for (int64_t d = p.depth; d < width; ++d) to[d] = 0.f;
   }
 }
@@ -165,47 +196,48 @@ inline void soften(float* scores, int64_t columns, const int64_t* visible, int64
 }
 
 // The same for few queries: keys are transposed in registers, a block of kLanes at a time, and met at once.
-template <int kRows>
+template <int kType, int kRows>
 void direct_scores(const AttentionArgs& p, const float* q, int64_t columns, int64_t end, float* scores) {
+  constexpr int64_t kSize = element_size<kType>(), kStep = kLanes * kKeysInDword<kType>;
   for (int64_t key = 0; key < end; key += kLanes) {
     const int64_t rows = mono_quant::smaller(kLanes, p.keys - key);
     F32 sum[2][kRows];
     for (int r = 0; r < kRows; ++r) sum[0][r] = sum[1][r] = splat(0.f);
     // The next block, in its order in memory: blocks are read a column of vectors at a time, which no processor foresees.
     for (int64_t i = 0; i < rows; ++i) {
-      const float* next = p.k + (key + kLanes + i) * p.k_stride;
-      for (int64_t d = 0; d < p.depth; d += 64 / (int64_t)sizeof(float)) __builtin_prefetch(next + d);
+      const char* next = (const char*)p.k + (key + kLanes + i) * p.k_stride * kSize;
+      for (int64_t byte = 0; byte < p.depth * kSize; byte += 64) __builtin_prefetch(next + byte);
     }
-    for (int64_t d = 0; d < p.depth && rows > 0; d += kLanes) {
+    for (int64_t d = 0; d < p.depth && rows > 0; d += kStep) {
       I32 block[kLanes];
-      load_transposed((const char*)(p.k + key * p.k_stride + d), p.k_stride * 4, rows, (p.depth - d) * 4, block);
-      const int64_t count = mono_quant::smaller(kLanes, p.depth - d);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
+      load_keys<kType>(p, key, rows, d, block);
+      const int64_t count = mono_quant::smaller(kStep, p.depth - d);
+#pragma GCC unroll 32
+      for (int64_t i = 0; i < kStep; ++i) {
         if (i >= count) break;
+        const F32 k = key_in_dword<kType>(block[i / kKeysInDword<kType>], i % kKeysInDword<kType>);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          sum[i & 1][r] = fma(splat(q[r * p.q_stride + d + i]), bits_to_f32(block[i]), sum[i & 1][r]);
-        }
+        for (int r = 0; r < kRows; ++r) sum[i & 1][r] = fma(splat(q[r * p.q_stride + d + i]), k, sum[i & 1][r]);
       }
     }
     for (int r = 0; r < kRows; ++r) store_f32(scores + r * columns + key, add(sum[0][r], sum[1][r]));
   }
 }
 
-template <int kRows, int kVectors>
-void weighted_values(const float* weights, int64_t columns, int64_t keys, const float* v, int64_t v_stride,
+template <int kType, int kRows, int kVectors>
+void weighted_values(const float* weights, int64_t columns, int64_t keys, const void* values, int64_t v_stride,
                      const float* inverse, float* out, int64_t out_stride, int64_t width) {
+  const char* v = (const char*)values;
   F32 sum[kRows][kVectors];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < kVectors; ++c) sum[r][c] = splat(0.f);
   }
-  for (int64_t key = 0; key < keys; ++key, v += v_stride) {
+  for (int64_t key = 0; key < keys; ++key, v += v_stride * element_size<kType>()) {
     F32 x[kVectors];
 #pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c) x[c] = load_f32(v + c * kLanes);
+    for (int c = 0; c < kVectors; ++c) x[c] = load_x<kType>(v, c * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const F32 w = splat(weights[r * columns + key]);
@@ -220,15 +252,34 @@ void weighted_values(const float* weights, int64_t columns, int64_t keys, const 
   }
 }
 
-template <int kRows>
-void query_block(const AttentionArgs& p, const AttentionScratch& s, int64_t first) {
+// What the queries from `first` on answer, from values [keys, v_stride] of whole vectors.
+template <int kType, int kRows>
+void sum_values(const AttentionArgs& p, const float* scores, int64_t keys, const void* v, int64_t v_stride,
+                const float* inverse, int64_t first) {
   const int64_t columns = padded_keys(p), width = padded_width(p);
+  for (int64_t d = 0; d < width;) {
+    const int64_t vectors = mono_quant::smaller(kScoreVectors, (width - d) / kLanes);
+    const int64_t count = mono_quant::smaller(vectors * kLanes, p.depth - d);
+    const char* from = (const char*)v + d * element_size<kType>();
+    float* out = p.out + first * p.out_stride + d;
+    const auto sum = [&](auto run) { run(scores, columns, keys, from, v_stride, inverse, out, p.out_stride, count); };
+    if (vectors == 4) sum(weighted_values<kType, kRows, kScoreVectors>);
+    else if (vectors == 3) sum(weighted_values<kType, kRows, 3>);
+    else if (vectors == 2) sum(weighted_values<kType, kRows, 2>);
+    else sum(weighted_values<kType, kRows, 1>);
+    d += vectors * kLanes;
+  }
+}
+
+template <int kType, int kRows>
+void query_block(const AttentionArgs& p, const AttentionScratch& s, int64_t first) {
+  const int64_t columns = padded_keys(p);
   // With a causal mask a query sees itself and what lies before; the last query sees all keys.
   const int64_t seen = p.causal ? p.keys - p.queries + first + 1 : p.keys;
   const int64_t most = p.causal ? mono_quant::smaller(p.keys, seen + kRows - 1) : p.keys;
   const int64_t end = mono_quant::round_up(mono_quant::larger(most, 0), kKeyStep);
   const float* q = p.q + first * p.q_stride;
-  if (p.queries <= kFewQueries) direct_scores<kRows>(p, q, columns, end, s.scores);
+  if (p.queries <= kFewQueries) direct_scores<kType, kRows>(p, q, columns, end, s.scores);
   else query_scores<kRows>(q, p.q_stride, p.depth, s.keys, columns, end, s.scores);
   float inverse[kRows];
   int64_t visible[kRows];
@@ -238,36 +289,29 @@ void query_block(const AttentionArgs& p, const AttentionScratch& s, int64_t firs
     mask[r] = p.mask ? p.mask + (first + r) * p.mask_stride : nullptr;
   }
   soften<kRows>(s.scores, columns, visible, end, p.scale, mask, inverse);
-  const float* v = width == p.depth ? p.v : s.values;
-  const int64_t v_stride = width == p.depth ? p.v_stride : width;
-  float* out = p.out + first * p.out_stride;
   const int64_t keys = mono_quant::larger(most, 0);
-  for (int64_t d = 0; d < width;) {
-    const int64_t vectors = mono_quant::smaller(kScoreVectors, (width - d) / kLanes);
-    const int64_t count = mono_quant::smaller(vectors * kLanes, p.depth - d);
-    if (vectors == 4) {
-      weighted_values<kRows, kScoreVectors>(s.scores, columns, keys, v + d, v_stride, inverse, out + d, p.out_stride,
-                                            count);
-    } else if (vectors == 3) {
-      weighted_values<kRows, 3>(s.scores, columns, keys, v + d, v_stride, inverse, out + d, p.out_stride, count);
-    } else if (vectors == 2) {
-      weighted_values<kRows, 2>(s.scores, columns, keys, v + d, v_stride, inverse, out + d, p.out_stride, count);
-    } else {
-      weighted_values<kRows, 1>(s.scores, columns, keys, v + d, v_stride, inverse, out + d, p.out_stride, count);
-    }
-    d += vectors * kLanes;
+  if (copies_values(p)) {
+    sum_values<mono_quant::kFloat32, kRows>(p, s.scores, keys, s.values, padded_width(p), inverse, first);
+  } else {
+    sum_values<kType, kRows>(p, s.scores, keys, p.v, p.v_stride, inverse, first);
   }
+}
+
+template <int kType>
+void attention_typed(const AttentionArgs& p, const AttentionScratch& s) {
+  if (p.queries > kFewQueries) transpose_keys<kType>(p, s.keys);
+  if (copies_values(p)) pad_values<kType>(p, s.values);
+  int64_t first = 0;
+  for (; first + kQueryRows <= p.queries; first += kQueryRows) query_block<kType, kQueryRows>(p, s, first);
+  for (; first + 3 <= p.queries; first += 3) query_block<kType, 3>(p, s, first);
+  for (; first + 2 <= p.queries; first += 2) query_block<kType, 2>(p, s, first);
+  if (first < p.queries) query_block<kType, 1>(p, s, first);
 }
 
 void attention(const AttentionArgs& p, void* scratch) {
   const AttentionScratch s = attention_scratch(p, (char*)scratch);
-  if (p.queries > kFewQueries) transpose_keys(p, s.keys);
-  if (padded_width(p) != p.depth) pad_values(p, s.values);
-  int64_t first = 0;
-  for (; first + kQueryRows <= p.queries; first += kQueryRows) query_block<kQueryRows>(p, s, first);
-  for (; first + 3 <= p.queries; first += 3) query_block<3>(p, s, first);
-  for (; first + 2 <= p.queries; first += 2) query_block<2>(p, s, first);
-  if (first < p.queries) query_block<1>(p, s, first);
+  if (p.kv_dtype == mono_quant::kBFloat16) attention_typed<mono_quant::kBFloat16>(p, s);
+  else attention_typed<mono_quant::kFloat32>(p, s);
 }
 
 }  // namespace

@@ -54,4 +54,16 @@ void add_rows(const float* a, const float* b, float* out, int64_t count) {
   }
 }
 
+void widen_row(const void* from, mono_quant::DType dtype, float* to, int64_t count) {
+  if (dtype == mono_quant::kFloat32) widen_typed<mono_quant::kFloat32>(from, to, count);
+  else if (dtype == mono_quant::kBFloat16) widen_typed<mono_quant::kBFloat16>(from, to, count);
+  else widen_typed<mono_quant::kFloat16>(from, to, count);
+}
+
+void narrow_row(const float* from, void* to, mono_quant::DType dtype, int64_t count) {
+  if (dtype == mono_quant::kFloat32) narrow_typed<mono_quant::kFloat32>(from, to, count);
+  else if (dtype == mono_quant::kBFloat16) narrow_typed<mono_quant::kBFloat16>(from, to, count);
+  else narrow_typed<mono_quant::kFloat16>(from, to, count);
+}
+
 }  // namespace

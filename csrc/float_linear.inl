@@ -85,13 +85,18 @@ void store_float_row(const float* total, const float* bias, mono_quant::Activati
     float b[kLanes] = {0};
     if (bias) memcpy(b, bias + c, (size_t)count * 4);
     const F32 v = activate_by(activation, add(load_f32(total + c), load_f32(b)));
-    if (count == kLanes) {
-      store_x<kType>(out, first + c, v);
-    } else {
-      alignas(64) char last[kLanes * 4];
-      store_x<kType>(last, 0, v);
-      memcpy((char*)out + (first + c) * element_size<kType>(), last, (size_t)(count * element_size<kType>()));
-    }
+    if (count == kLanes) store_x<kType>(out, first + c, v);
+    else store_x_tail<kType>(out, first + c, v, count);
+  }
+}
+
+// Sums of `rows` rows from `row` on, to columns [col, col + cols).
+template <int kType>
+void store_float_rows(const FloatLinearArgs& p, const float* total, int64_t row, int64_t rows, int64_t col,
+                      int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    store_float_row<kType>(total + r * kFloatCols, p.bias ? p.bias + col : nullptr, p.activation, cols, p.out,
+                           (row + r) * p.n + col);
   }
 }
 
@@ -153,10 +158,8 @@ void float_linear_blocks(const FloatLinearArgs& p, int64_t row_begin, int64_t ro
                                  s.total + r * kFloatCols);
         }
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        store_float_row<kType>(s.total + r * kFloatCols, p.bias ? p.bias + col : nullptr, p.activation, cols, p.out,
-                               (row + r) * p.n + col);
-      }
+      if (kType == p.out_dtype) store_float_rows<kType>(p, s.total, row, rows, col, cols);
+      else store_float_rows<mono_quant::kFloat32>(p, s.total, row, rows, col, cols);
     }
   }
 }

@@ -48,7 +48,7 @@ struct LinearArgs {
 struct FloatLinearArgs {
   const void* x;
   int64_t x_stride;
-  DType dtype;
+  DType dtype, out_dtype;  // of x and of out, which is float32 or as x
   int64_t m, k, n;
   int bits;  // 4 or 8: `weight` holds int32 words; 16: `weight` holds float16
   const void* weight;
@@ -61,12 +61,13 @@ struct FloatLinearArgs {
   void* out;
 };
 
-// One head of one sample, float32; strides are elements from one row to the next.
+// One head of one sample, float32 but for keys and values; strides are elements from one row to the next.
 // out = softmax(q k^T * scale + mask) v; a query that sees no key answers zeros.
 struct AttentionArgs {
   const float* q;  // [queries, depth]
-  const float* k;  // [keys, depth]
-  const float* v;  // [keys, depth]
+  const void* k;  // [keys, depth]
+  const void* v;  // [keys, depth]
+  DType kv_dtype;  // float32 or bfloat16
   int64_t q_stride, k_stride, v_stride;
   int64_t queries, keys, depth;
   float scale;
@@ -141,6 +142,9 @@ struct KernelTable {
   void (*rotate)(float* x, int64_t heads, int64_t depth, const float* cosine, const float* sine);
   void (*multiply)(float* x, const float* by, int64_t count);
   void (*add)(const float* a, const float* b, float* out, int64_t count);
+  // Between float32 and another type, or the same.
+  void (*widen)(const void* from, DType dtype, float* to, int64_t count);
+  void (*narrow)(const float* from, void* to, DType dtype, int64_t count);
 
   // Histogram of float32 values, see count.inl; `tables` holds 4 * bins counts.
   void (*count_values)(const float* x, int64_t count, float inverse_width, int64_t bins, uint32_t* tables);

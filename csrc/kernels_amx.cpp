@@ -161,7 +161,7 @@ const KernelTable kAmxKernels = {
 #endif
     1000e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
     float_linear_scratch_bytes, float_linear, embedding,
-    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, count_values,
+    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, widen_row, narrow_row, count_values,
     &kCodeKernels,
 };
 

@@ -76,7 +76,7 @@ namespace mono_quant {
 const KernelTable kAvx512VnniKernels = {
     "avx512vnni", 180e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
     float_linear_scratch_bytes, float_linear, embedding,
-    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, count_values,
+    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, widen_row, narrow_row, count_values,
     &kCodeKernels,
 };
 

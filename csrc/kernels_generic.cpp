@@ -120,7 +120,7 @@ namespace mono_quant {
 const KernelTable kGenericKernels = {
     "generic", 15e3, quantize_rows, pack_weight, unpack_weight, linear_scratch_bytes, linear,
     float_linear_scratch_bytes, float_linear, embedding,
-    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, count_values,
+    attention_scratch_bytes, attention, add_norm, rms_norm, rotate, multiply_rows, add_rows, widen_row, narrow_row, count_values,
     &kCodeKernels,
 };
 

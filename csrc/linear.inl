@@ -65,13 +65,8 @@ struct Tile {
 
 template <int kType>
 inline void store_lanes(const Tile& t, int64_t at, int64_t lanes, F32 v) {
-  if (lanes == kLanes) {
-    store_x<kType>(t.out, at, v);
-  } else {
-    alignas(64) char last[kLanes * 4];
-    store_x<kType>(last, 0, v);
-    memcpy((char*)t.out + at * element_size<kType>(), last, (size_t)(lanes * element_size<kType>()));
-  }
+  if (lanes == kLanes) store_x<kType>(t.out, at, v);
+  else store_x_tail<kType>(t.out, at, v, lanes);
 }
 
 // Column by column, so that what belongs to the columns stays in registers.

@@ -4,21 +4,6 @@
 
 namespace {
 
-// The lanes behind the last of a row are zero.
-inline F32 load_some(const float* p, int64_t count) {
-  if (count >= kLanes) return load_f32(p);
-  alignas(64) float padded[kLanes] = {0};
-  memcpy(padded, p, (size_t)count * 4);
-  return load_f32(padded);
-}
-
-inline void store_some(float* p, F32 v, int64_t count) {
-  if (count >= kLanes) return store_f32(p, v);
-  alignas(64) float lanes[kLanes];
-  store_f32(lanes, v);
-  memcpy(p, lanes, (size_t)count * 4);
-}
-
 void add_norm(const mono_quant::NormArgs& p, int64_t row_begin, int64_t row_end) {
   const float inverse_n = 1.f / (float)p.n;
   for (int64_t row = row_begin; row < row_end; ++row) {

@@ -13,7 +13,7 @@ Tensor float_linear(Rows& x, FloatLinearArgs args, Tensor bias) {
   Tensor out = Tensor::empty(sizes, x.tensor.dtype());
   args.x = x.tensor.data<void>();
   args.x_stride = x.stride;
-  args.dtype = x.dtype;
+  args.dtype = args.out_dtype = x.dtype;
   args.m = x.count;
   args.k = x.depth;
   args.bias = bias_values.data();

@@ -9,6 +9,16 @@ bool sees(const AttentionArgs& a, int64_t query, int64_t key) {
   return !a.causal || key <= a.keys - a.queries + query;
 }
 
+double element(const void* of, DType dtype, int64_t i) {
+  return dtype == kFloat32 ? ((const float*)of)[i] : from_bf16(((const uint16_t*)of)[i]);
+}
+
+Buffer<uint16_t> rounded(Buffer<float>& values, int64_t count) {
+  Buffer<uint16_t> to(count);
+  for (int64_t i = 0; i < count; ++i) to[i] = std::isnan(values[i]) ? 0x7fc0 : to_bf16(values[i]);
+  return to;
+}
+
 // One query's answer; answers how much rounding may move it.
 double naive_attention(const AttentionArgs& a, int64_t query, std::vector<double>& out) {
   std::vector<double> scores((size_t)a.keys, -INFINITY);
@@ -16,7 +26,9 @@ double naive_attention(const AttentionArgs& a, int64_t query, std::vector<double
   for (int64_t key = 0; key < a.keys; ++key) {
     if (!sees(a, query, key)) continue;
     double score = 0;
-    for (int64_t i = 0; i < a.depth; ++i) score += (double)a.q[query * a.q_stride + i] * a.k[key * a.k_stride + i];
+    for (int64_t i = 0; i < a.depth; ++i) {
+      score += (double)a.q[query * a.q_stride + i] * element(a.k, a.kv_dtype, key * a.k_stride + i);
+    }
     score *= a.scale;
     largest = std::fmax(largest, std::fabs(score));
     scores[(size_t)key] = score + (a.mask ? a.mask[query * a.mask_stride + key] : 0.f);
@@ -29,8 +41,9 @@ double naive_attention(const AttentionArgs& a, int64_t query, std::vector<double
   double value = 0;
   for (int64_t i = 0; i < a.depth; ++i) {
     for (int64_t key = 0; key < a.keys; ++key) {
-      out[(size_t)i] += scores[(size_t)key] / total * a.v[key * a.v_stride + i];
-      if (sees(a, query, key)) value = std::fmax(value, std::fabs((double)a.v[key * a.v_stride + i]));
+      const double v = element(a.v, a.kv_dtype, key * a.v_stride + i);
+      out[(size_t)i] += scores[(size_t)key] / total * v;
+      if (sees(a, query, key)) value = std::fmax(value, std::fabs(v));
     }
   }
   return 2e-6 * (1 + largest) * value;
@@ -63,8 +76,10 @@ void test_attention(const KernelTable& t, int64_t queries, int64_t keys, int64_t
     }
   }
   a.q = q.data();
-  a.k = k.data();
-  a.v = v.data();
+  a.kv_dtype = variant % 13 < 6 ? kBFloat16 : kFloat32;
+  Buffer<uint16_t> k16 = rounded(k, (keys - 1) * a.k_stride + depth), v16 = rounded(v, (keys - 1) * a.v_stride + depth);
+  a.k = a.kv_dtype == kFloat32 ? (const void*)k.data() : k16.data();
+  a.v = a.kv_dtype == kFloat32 ? (const void*)v.data() : v16.data();
   a.mask = variant % 3 == 2 ? nullptr : mask.data();
   a.mask_stride = mask_rows == 1 ? 0 : columns;
   a.out = out.data();

@@ -84,6 +84,27 @@ void test_products_and_sums(const KernelTable& t, int64_t count) {
   expect(a.fenced() && b.fenced() && same(a.data(), products.data(), count), what + " in place");
 }
 
+void test_conversions(const KernelTable& t, int64_t count) {
+  for (const DType dtype : {kFloat32, kBFloat16, kFloat16}) {
+    Input x(dtype, 1, count, 0);
+    Buffer<float> wide(count, 64);
+    Output back(dtype, count);
+    t.widen(x.data(), dtype, wide.data(), count);
+    t.narrow(wide.data(), back.data(), dtype, count);
+    const std::string what = shape(t, "conversions", count, dtype, 0, 0);
+    expect(wide.fenced() && back.fenced(), what + " write outside");
+    for (int64_t i = 0; i < count; ++i) expect(wide[i] == x.at(0, i) && back.at(i) == x.at(0, i), what);
+  }
+  // Between two numbers of bfloat16 the nearer one is taken, half-way the even one.
+  Buffer<float> values(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = i % 3 ? normal() : from_bf16(to_bf16(normal())) * (1.f + 1.f / 256);
+  Output out(kBFloat16, count);
+  t.narrow(values.data(), out.data(), kBFloat16, count);
+  for (int64_t i = 0; i < count; ++i) {
+    expect(out.u16[i] == to_bf16(values[i]), shape(t, "rounding to bfloat16", count, i, 0, 0));
+  }
+}
+
 // Values on edges of bins, within them, beside zero; for odd variants some that have no bin and go to the outermost.
 void test_count_values(const KernelTable& t, int64_t count, int64_t bins, int exponent, int variant) {
   Buffer<float> x(count);
@@ -119,6 +140,7 @@ void test_decoder_kernels(const KernelTable& t) {
   }
   for (const int64_t count : {0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 1000}) {
     test_products_and_sums(t, count);
+    test_conversions(t, count);
   }
   int variant = 0;
   for (const int64_t count : {0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 100, 2000}) {

@@ -355,7 +355,7 @@ void test_float_linear(const KernelTable& t, int64_t m, int64_t k, int64_t n, in
   FloatLinearArgs args = {};
   args.x = x.data();
   args.x_stride = x.stride;
-  args.dtype = dtype;
+  args.dtype = args.out_dtype = dtype;
   args.m = m;
   args.k = k;
   args.n = n;
