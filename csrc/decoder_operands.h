@@ -11,8 +11,14 @@ constexpr int64_t kDecoderTensors = kDecoderLinears * kTensorsEach + kDecoderNor
 
 // Sizes and numbers that all layers of a decoder share.
 struct DecoderShape {
+  DType dtype;
   int64_t width, heads, key_heads, depth;
   Activation activation;
+};
+
+// The weights of norms as float32, where they are not so already, and the angles of a call.
+struct DecoderFloats {
+  std::vector<float> norms, cosine, sine;
 };
 
 inline void check_heads(const DecoderShape& s) {
@@ -20,7 +26,21 @@ inline void check_heads(const DecoderShape& s) {
   check(s.heads > 0 && s.heads % s.key_heads == 0, "the heads are not a multiple of the heads of keys");
 }
 
-// The kDecoderTensors of a layer, from `at` on.
+// The weights of the norms of layer `i`, as they are now.
+inline void take_norms(const Tensor* norms, int64_t i, const DecoderShape& shape, DecoderFloats* floats,
+                       DecoderLayer* layer) {
+  const int64_t at = i * kDecoderNorms * shape.width, end = at + kDecoderNorms * shape.width;
+  if (shape.dtype != kFloat32 && (int64_t)floats->norms.size() < end) floats->norms.resize((size_t)end);
+  const int32_t dtype = shape.dtype == kFloat32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+  const float** const to[kDecoderNorms] = {&layer->attention_norm, &layer->output_norm};
+  for (int64_t n = 0; n < kDecoderNorms; ++n) {
+    const void* data = norms[n].data_now(dtype, shape.width);
+    if (!data) fail("a norm's weight does not fit the layers, or has been given data of another kind");
+    *to[n] = as_floats(data, shape.dtype, shape.width, floats->norms.data() + at + n * shape.width);
+  }
+}
+
+// The kDecoderTensors of a layer, from `at` on, but for its norms.
 inline void take_weights(std::vector<Tensor>& weights, int64_t at, const DecoderShape& shape, DecoderLayer* layer) {
   const std::array<PackedLayer*, kDecoderLinears> layers = layer->linears();
   const int64_t queries = shape.heads * shape.depth, keys = shape.key_heads * shape.depth;
@@ -33,29 +53,28 @@ inline void take_weights(std::vector<Tensor>& weights, int64_t at, const Decoder
     check(layers[i]->outputs == outputs, "a layer of the decoder has another width");
     check(words || inputs <= kDeepestLayer, "a layer of the decoder is too deep for one call");
   }
-  Tensor* const norms = &weights[(size_t)(at + kDecoderLinears * kTensorsEach)];
-  for (int64_t i = 0; i < kDecoderNorms; ++i) {
-    expect(norms[i], "the norm's weight", aoti_torch_dtype_float32(), shape.width);
-  }
-  layer->attention_norm = norms[0].data<float>();
-  layer->output_norm = norms[1].data<float>();
 }
 
 // Angles [samples or 1, length, depth].
-inline const float* take_angles(Tensor& t, const DecoderArgs& a, int64_t* stride) {
+inline const float* take_angles(Tensor& t, const DecoderArgs& a, std::vector<float>* storage, int64_t* stride) {
   const bool fits = t.dim() == 3 && (t.size(0) == 1 || t.size(0) == a.samples) && t.size(1) == a.length &&
-                    t.size(2) == a.depth && t.dtype() == aoti_torch_dtype_float32();
-  check(fits, "the angles must be float32 [samples or 1, length, depth]");
+                    t.size(2) == a.depth;
+  check(fits, "the angles must be [samples or 1, length, depth]");
+  const DType dtype = layer_type(t, "the angles");
   t.make_contiguous();
   *stride = t.size(0) == 1 ? 0 : a.length * a.depth;
-  return t.data<float>();
+  if (dtype != kFloat32) storage->resize((size_t)t.numel());
+  return as_floats(t.data<void>(), dtype, t.numel(), storage->data());
 }
 
 // What the layers have in common and the cache takes no part in.
-inline void take_inputs(Tensor& x, Tensor& cosine, Tensor& sine, const DecoderShape& shape, DecoderArgs* a) {
-  check(x.dim() == 3 && x.dtype() == aoti_torch_dtype_float32(), "decoder layers take float32 [samples, length, width]");
+inline void take_inputs(Tensor& x, Tensor& cosine, Tensor& sine, const DecoderShape& shape, DecoderFloats* floats,
+                        DecoderArgs* a) {
+  check(x.dim() == 3, "decoder layers take [samples, length, width]");
+  check(layer_type(x, "the input of decoder layers") == shape.dtype, "the input and the norms have different dtypes");
   x.make_contiguous();
-  a->x = x.data<float>();
+  a->dtype = shape.dtype;
+  a->x = x.data<void>();
   a->samples = x.size(0);
   a->length = x.size(1);
   a->width = x.size(2);
@@ -64,18 +83,18 @@ inline void take_inputs(Tensor& x, Tensor& cosine, Tensor& sine, const DecoderSh
   a->key_heads = shape.key_heads;
   a->depth = shape.depth;
   int64_t sine_stride = 0;
-  a->cosine = take_angles(cosine, *a, &a->angle_stride);
-  a->sine = take_angles(sine, *a, &sine_stride);
+  a->cosine = take_angles(cosine, *a, &floats->cosine, &a->angle_stride);
+  a->sine = take_angles(sine, *a, &floats->sine, &sine_stride);
   check(sine_stride == a->angle_stride, "cosine and sine have different shapes");
 }
 
 // Keys or values of the past [samples, key heads, past, depth], rows and their elements side by side.
-inline const float* take_past(Tensor& t, const DecoderArgs& a) {
+inline const char* take_past(Tensor& t, const DecoderArgs& a) {
   const bool fits = t.dim() == 4 && t.size(0) == a.samples && t.size(1) == a.key_heads && t.size(3) == a.depth &&
-                    t.dtype() == aoti_torch_dtype_float32();
-  check(fits, "keys and values must be float32 [samples, key heads, length, depth]");
+                    float_type(t.dtype(), "keys and values") == a.dtype;
+  check(fits, "keys and values must be [samples, key heads, length, depth], of the input's dtype");
   if (t.numel() > 0 && (t.stride(3) != 1 || t.stride(2) != a.depth)) t.make_contiguous();
-  return t.data<float>();
+  return t.data<char>();
 }
 
 // A cache that grows: keys and values of the past, and new tensors with room for those of `x` behind them.
@@ -87,42 +106,39 @@ inline void take_growing_cache(Tensor& past_keys, Tensor& past_values, const Dec
   if (past_keys.stride(0) != past_values.stride(0) || past_keys.stride(1) != past_values.stride(1)) {
     past_keys.make_contiguous();
     past_values.make_contiguous();
-    layer->past_keys = past_keys.data<float>();
-    layer->past_values = past_values.data<float>();
+    layer->past_keys = past_keys.data<char>();
+    layer->past_values = past_values.data<char>();
   }
   layer->past_sample_stride = past_keys.stride(0);
   layer->past_head_stride = past_keys.stride(1);
   layer->past = past_keys.size(2);
   layer->seen = layer->past + a.length;
-  *keys = Tensor::empty({a.samples, a.key_heads, layer->seen, a.depth}, aoti_torch_dtype_float32());
-  *values = Tensor::empty({a.samples, a.key_heads, layer->seen, a.depth}, aoti_torch_dtype_float32());
-  layer->keys = keys->mutable_data<float>();
-  layer->values = values->mutable_data<float>();
+  *keys = Tensor::empty({a.samples, a.key_heads, layer->seen, a.depth}, past_keys.dtype());
+  *values = Tensor::empty({a.samples, a.key_heads, layer->seen, a.depth}, past_keys.dtype());
+  layer->keys = keys->mutable_data<char>();
+  layer->values = values->mutable_data<char>();
   layer->head_stride = layer->seen * a.depth;
   layer->sample_stride = a.key_heads * layer->head_stride;
 }
 
 // Keys or values of a static cache: written in place, so they cannot be copied into order.
-inline float* take_places(const Tensor& t, const DecoderArgs& a) {
+inline char* take_places(const Tensor& t, const DecoderArgs& a) {
   const bool fits = t.dim() == 4 && t.size(0) == a.samples && t.size(1) == a.key_heads && t.size(3) == a.depth &&
-                    t.dtype() == aoti_torch_dtype_float32();
-  check(fits, "keys and values must be float32 [samples, key heads, capacity, depth]");
+                    float_type(t.dtype(), "keys and values") == a.dtype;
+  check(fits, "keys and values must be [samples, key heads, capacity, depth], of the input's dtype");
   check(t.numel() == 0 || (t.stride(3) == 1 && t.stride(2) == a.depth), "the rows of keys and values must be dense");
-  return t.mutable_data<float>();
+  return t.mutable_data<char>();
 }
 
 // The number of keys up to the last that a row of the mask [.., capacity] shows, at least `keys`.
 inline int64_t last_seen(const Tensor& mask, int64_t keys) {
   if (mask.dim() != 4) return keys;
-  const bool boolean = is_boolean_mask(mask);
-  const bool* shown = boolean ? mask.data<bool>() : nullptr;
-  const float* added = boolean ? nullptr : mask.data<float>();
+  const MaskElements elements(mask);
   for (int64_t s = 0; s < mask.size(0); ++s) {
     for (int64_t r = 0; r < mask.size(2); ++r) {
       const int64_t row = s * mask.stride(0) + r * mask.stride(2);
       for (int64_t i = mask.size(3); i-- > keys;) {
-        const int64_t at = row + i * mask.stride(3);
-        if (boolean ? shown[at] : added[at] != -__builtin_inff()) keys = i + 1;
+        if (elements.at(row + i * mask.stride(3)) != -__builtin_inff()) keys = i + 1;
       }
     }
   }
@@ -160,7 +176,8 @@ inline void take_static_cache(const Tensor& keys, const Tensor& values, const Te
 }
 
 // Runs the layers; `columns` is how many keys a mask has a column for.
-inline Tensor run_decoder(DecoderArgs* a, const std::vector<DecoderLayer>& layers, const Tensor& mask,
+// The output is of the dtype of `x`.
+inline Tensor run_decoder(DecoderArgs* a, const std::vector<DecoderLayer>& layers, const Tensor& x, const Tensor& mask,
                           int64_t columns) {
   int64_t seen = 0;
   for (const DecoderLayer& layer : layers) seen = larger(seen, layer.seen);
@@ -170,9 +187,9 @@ inline Tensor run_decoder(DecoderArgs* a, const std::vector<DecoderLayer>& layer
     a->mask = mask_values.data();
     a->mask_stride = round_up(seen, kMaskColumns);
   }
-  Tensor out = Tensor::empty({a->samples, a->length, a->width}, aoti_torch_dtype_float32());
+  Tensor out = Tensor::empty({a->samples, a->length, a->width}, x.dtype());
   if (out.numel() > 0) {
-    a->out = out.mutable_data<float>();
+    a->out = out.mutable_data<void>();
     DecoderRun(*a, layers).run();
   } else if (a->samples > 0 && seen > 0) {
     fail("decoder layers got no tokens");

@@ -4,6 +4,9 @@
 // Many rows are divided into chunks that a thread takes through all steps between two meetings; few rows (one token) are
 // taken through the steps together, each thread with columns of its own, meeting after each step. Threads meet by
 // spinning and take their pieces from counters: one that comes late finds nothing left to do.
+//
+// All is computed in float32. With bfloat16 what goes to the cache, what leaves a layer and what layers of few-bit weights
+// read is rounded.
 #pragma once
 
 #include <array>
@@ -21,10 +24,10 @@ struct DecoderLayer {
   int64_t past;  // tokens before those of `x`
   int64_t seen;  // keys that are attended to: past + length, or more where the mask shows more
   // Where keys and values of `x` go, behind those of the past [samples, key_heads, at least past + length, depth].
-  float *keys, *values;
+  char *keys, *values;
   int64_t sample_stride, head_stride;
   // Those of the past [samples, key_heads, past, depth] where they are elsewhere and have to be copied, or null.
-  const float *past_keys, *past_values;
+  const char *past_keys, *past_values;
   int64_t past_sample_stride, past_head_stride;
 
   // In the order of the operators' weights.
@@ -33,8 +36,9 @@ struct DecoderLayer {
 
 // What the layers have in common.
 struct DecoderArgs {
-  const float* x;  // [samples, length, width]
-  float* out;
+  DType dtype;  // of x, out, and keys and values in the cache: float32 or bfloat16
+  const void* x;  // [samples, length, width]
+  void* out;
   int64_t samples, length, width, heads, key_heads, depth;
   const float *cosine, *sine;  // [samples or 1, length, depth]
   int64_t angle_stride;  // from one sample to the next, or 0
@@ -63,28 +67,40 @@ class DecoderRun {
     threads_ = worthwhile_threads(((double)rows_ * weights + 8 * attention) / table_.speed + weights / 25e3);
     chunked_ = rows_ >= kChunkRows / 2 * threads_;
     chunk_ = chunked_ ? smaller(kChunkRows, round_up((rows_ + threads_ - 1) / threads_, 32)) : rows_;
-    queries_ = round_up(rows_ * p_.heads * p_.depth * 4, 64);
-    area_ = carve(nullptr, chunk_).bytes;
-    kept_ = std::make_unique<KeptMemory>(queries_ + area_ * (chunked_ ? threads_ : 1));
+    const int64_t queries = round_up(rows_ * p_.heads * p_.depth * 4, 64);
+    const int64_t states = is_float() ? 0 : round_up(rows_ * p_.width * 4, 64);
+    const int64_t area = carve(nullptr, chunk_).bytes;
+    kept_ = std::make_unique<KeptMemory>(queries + states + area * (chunked_ ? threads_ : 1));
+    queries_ = (float*)kept_->memory();
+    x_ = is_float() ? (const float*)p_.x : (const float*)(kept_->memory() + queries);
+    out_ = is_float() ? (float*)p_.out : (float*)(kept_->memory() + queries);
+    areas_ = kept_->memory() + queries + states;
+    area_ = area;
   }
 
   void run() {
+    if (!is_float()) table_.widen(p_.x, p_.dtype, out_, rows_ * p_.width);
+    run_layers();
+    if (!is_float()) table_.narrow(out_, p_.out, p_.dtype, rows_ * p_.width);
+  }
+
+ private:
+  void run_layers() {
     std::atomic<int64_t> next_area{0};
     run_tasks(threads_, [&](int64_t) {
-      Buffers b = carve(kept_->memory() + queries_ + (chunked_ ? next_area.fetch_add(1) : 0) * area_, chunk_);
+      Buffers b = carve(areas_ + (chunked_ ? next_area.fetch_add(1) : 0) * area_, chunk_);
       int meeting = 0;
       for (size_t i = 0; i < layers_.size(); ++i) {
         // The answers of a layer take the place of its inputs, and the next one starts with the rows that are at hand.
-        const Call now = {layers_[i], i == 0 ? p_.x : p_.out, b};
+        const Call now = {layers_[i], i == 0 ? x_ : out_, b};
         const bool last = i + 1 == layers_.size();
-        const Call next = {layers_[last ? i : i + 1], p_.out, b};
+        const Call next = {layers_[last ? i : i + 1], out_, b};
         if (chunked_) run_chunked(now, next, i == 0, last, &meeting);
         else run_shared(now, next, i == 0, last, &meeting);
       }
     });
   }
 
- private:
   static constexpr int64_t kChunkRows = 128;
   static constexpr int kMeetings = 12;
 
@@ -94,6 +110,7 @@ class DecoderRun {
     float *key, *value;  // [rows, key heads * depth]
     float *sum, *hidden, *normed;  // [rows, width]
     float *gate, *up;  // [rows, outputs of `up`]
+    uint16_t* rounded;  // rows that layers of few-bit weights read
     Codes codes;
     int64_t bytes;
   };
@@ -114,12 +131,15 @@ class DecoderRun {
     b.normed = take.floats(rows * p_.width);
     b.gate = take.floats(rows * hidden_);
     b.up = take.floats(rows * hidden_);
-    b.codes = take.codes(rows, larger(larger(p_.width, hidden_), p_.heads * p_.depth));
+    const int64_t widest = larger(larger(p_.width, hidden_), p_.heads * p_.depth);
+    b.rounded = is_float() ? nullptr : (uint16_t*)take.take(rows * widest * 2);
+    b.codes = take.codes(rows, widest);
     b.bytes = take.bytes();
     return b;
   }
 
-  float* queries() const { return (float*)kept_->memory(); }
+  bool is_float() const { return p_.dtype == kFloat32; }
+  int64_t element_size() const { return is_float() ? 4 : 2; }
   int64_t chunks() const { return (rows_ + chunk_ - 1) / chunk_; }
 
   void run_chunked(const Call& now, const Call& next, bool first, bool last, int* meeting) {
@@ -171,47 +191,66 @@ class DecoderRun {
     const DecoderLayer& layer = call.layer;
     const Buffers& b = call.buffers;
     const float* x = call.x + from * p_.width;
-    float* query = queries() + from * layer.query.outputs;
+    float* query = queries_ + from * layer.query.outputs;
     switch (step) {
       case kNormed:
         table_.rms_norm({x, nullptr, p_.width, layer.attention_norm, layer.attention_eps, nullptr, b.normed},
                         piece.begin, piece.end);
-        return quantize_for({&layer.query, &layer.key, &layer.value}, b.normed, b.codes, piece);
+        return prepare_for({&layer.query, &layer.key, &layer.value}, b.normed, b, piece);
       case kProjected: {
         const PackedLayer* const layers[] = {&layer.query, &layer.key, &layer.value};
         float* const to[] = {query, b.key, b.value};
-        return multiply_beside(table_, layers, to, 3, b.normed, b.codes, rows, piece);
+        return multiply_beside(table_, layers, to, 3, input(b.normed, b), rows, piece);
       }
       case kScattered: return scatter(layer, b, from, piece);
-      case kContext: return quantize_for({&layer.output}, query, b.codes, piece);
-      case kOutput: return multiply(table_, layer.output, query, b.codes, rows, b.sum, piece);
+      case kContext: return prepare_for({&layer.output}, query, b, piece);
+      case kOutput: return multiply(table_, layer.output, input(query, b), rows, b.sum, piece);
       case kHidden:
         table_.rms_norm({b.sum, x, p_.width, layer.output_norm, layer.output_eps, b.hidden, b.normed}, piece.begin,
                         piece.end);
-        return quantize_for({&layer.gate, &layer.up}, b.normed, b.codes, piece);
+        return prepare_for({&layer.gate, &layer.up}, b.normed, b, piece);
       case kGated: {
         const PackedLayer* const layers[] = {&layer.gate, &layer.up};
         float* const to[] = {b.gate, b.up};
-        return multiply_beside(table_, layers, to, 2, b.normed, b.codes, rows, piece);
+        return multiply_beside(table_, layers, to, 2, input(b.normed, b), rows, piece);
       }
       case kProduct: {
         const int64_t at = piece.begin * layer.up.outputs;
         table_.multiply(b.gate + at, b.up + at, (piece.end - piece.begin) * layer.up.outputs);
-        return quantize_for({&layer.down}, b.gate, b.codes, piece);
+        return prepare_for({&layer.down}, b.gate, b, piece);
       }
-      case kDown: return multiply(table_, layer.down, b.gate, b.codes, rows, b.sum, piece);
+      case kDown: return multiply(table_, layer.down, input(b.gate, b), rows, b.sum, piece);
       default: {
         const int64_t at = piece.begin * p_.width, count = (piece.end - piece.begin) * p_.width;
-        return table_.add(b.hidden + at, b.sum + at, p_.out + from * p_.width + at, count);
+        table_.add(b.hidden + at, b.sum + at, out_ + from * p_.width + at, count);
+        return round(out_ + from * p_.width + at, count);
       }
     }
   }
 
-  // The codes of rows `x`, if one of the layers that read them is one of tiles.
-  void quantize_for(std::initializer_list<const PackedLayer*> layers, const float* x, const Codes& to,
-                    const Piece& piece) const {
-    for (const PackedLayer* layer : layers) {
-      if (layer->packed) return quantize(table_, x, layer->inputs, to, piece);
+  // The codes of rows `x`, if one of the layers that read them is one of tiles; the rows rounded, if one is of words.
+  void prepare_for(std::initializer_list<const PackedLayer*> layers, const float* x, const Buffers& to,
+                   const Piece& piece) const {
+    bool tiles = false, words = false;
+    for (const PackedLayer* layer : layers) (layer->packed ? tiles : words) = true;
+    const int64_t width = (*layers.begin())->inputs, at = piece.begin * width;
+    if (tiles) quantize(table_, x, kFloat32, width, to.codes, piece);
+    if (words && !is_float()) {
+      table_.narrow(x + at, to.rounded + at, p_.dtype, (piece.end - piece.begin) * width);
+    }
+  }
+  LinearInput input(const float* x, const Buffers& b) const {
+    if (is_float()) return {x, kFloat32, b.codes};
+    return {b.rounded, p_.dtype, b.codes};
+  }
+
+  // Values in place to what the dtype holds.
+  void round(float* x, int64_t count) const {
+    if (is_float()) return;
+    uint16_t some[512];
+    for (int64_t i = 0; i < count; i += 512) {
+      table_.narrow(x + i, some, p_.dtype, smaller(512, count - i));
+      table_.widen(some, p_.dtype, x + i, smaller(512, count - i));
     }
   }
 
@@ -221,13 +260,14 @@ class DecoderRun {
     for (int64_t r = piece.begin; r < piece.end; ++r) {
       const int64_t sample = (from + r) / p_.length, position = (from + r) % p_.length;
       const int64_t angle = sample * p_.angle_stride + position * depth;
-      float* query = queries() + (from + r) * layer.query.outputs;
+      float* query = queries_ + (from + r) * layer.query.outputs;
       table_.rotate(query, p_.heads, depth, p_.cosine + angle, p_.sine + angle);
       table_.rotate(b.key + r * layer.key.outputs, p_.key_heads, depth, p_.cosine + angle, p_.sine + angle);
       for (int64_t h = 0; h < p_.key_heads; ++h) {
         const int64_t to = sample * layer.sample_stride + h * layer.head_stride + (layer.past + position) * depth;
-        memcpy(layer.keys + to, b.key + r * layer.key.outputs + h * depth, (size_t)depth * 4);
-        memcpy(layer.values + to, b.value + r * layer.key.outputs + h * depth, (size_t)depth * 4);
+        const int64_t head = r * layer.key.outputs + h * depth;
+        table_.narrow(b.key + head, layer.keys + to * element_size(), p_.dtype, depth);
+        table_.narrow(b.value + head, layer.values + to * element_size(), p_.dtype, depth);
       }
     }
   }
@@ -238,15 +278,16 @@ class DecoderRun {
 
   void attend(const DecoderLayer& layer, int64_t piece) const {
     const int64_t sample = piece / p_.key_heads, head = piece % p_.key_heads, group = p_.heads / p_.key_heads;
-    const int64_t to = sample * layer.sample_stride + head * layer.head_stride;
+    const int64_t size = element_size(), to = (sample * layer.sample_stride + head * layer.head_stride) * size;
     if (layer.past_keys && layer.past > 0) {
-      const int64_t past = sample * layer.past_sample_stride + head * layer.past_head_stride;
-      memcpy(layer.keys + to, layer.past_keys + past, (size_t)(layer.past * p_.depth) * 4);
-      memcpy(layer.values + to, layer.past_values + past, (size_t)(layer.past * p_.depth) * 4);
+      const int64_t past = (sample * layer.past_sample_stride + head * layer.past_head_stride) * size;
+      memcpy(layer.keys + to, layer.past_keys + past, (size_t)(layer.past * p_.depth * size));
+      memcpy(layer.values + to, layer.past_values + past, (size_t)(layer.past * p_.depth * size));
     }
     AttentionArgs a = {};
     a.k = layer.keys + to;
     a.v = layer.values + to;
+    a.kv_dtype = p_.dtype;
     a.k_stride = a.v_stride = p_.depth;
     a.keys = layer.seen;
     a.depth = p_.depth;
@@ -255,7 +296,7 @@ class DecoderRun {
       a.mask = p_.mask + sample * p_.mask_rows * p_.mask_stride;
       a.mask_stride = p_.mask_rows == 1 ? 0 : p_.mask_stride;
     }
-    float* query = queries() + sample * p_.length * layer.query.outputs + head * group * p_.depth;
+    float* query = queries_ + sample * p_.length * layer.query.outputs + head * group * p_.depth;
     if (p_.length == 1) {
       // The heads of one token lie side by side: they are the queries.
       a.queries = group;
@@ -287,8 +328,13 @@ class DecoderRun {
   int64_t threads_ = 1;
   bool chunked_ = false;
   int64_t chunk_ = 1;
-  int64_t queries_ = 0, area_ = 0;
   std::unique_ptr<KeptMemory> kept_;
+  float* queries_ = nullptr;  // [rows, heads * depth]
+  // [rows, width]: those of the arguments, or float32 ones that stand for them.
+  const float* x_ = nullptr;
+  float* out_ = nullptr;
+  char* areas_ = nullptr;
+  int64_t area_ = 0;
   Meetings meeting_;
 };
 

@@ -4,7 +4,7 @@
 // Each thread takes whole sequences through all steps, so that what a step answers is read from the cache by the next
 // one. The sequences that are left (all of them, where there are fewer than threads) are shared: threads take pieces of a
 // step from a counter and wait for each other between steps by spinning. A thread that comes late finds nothing left to
-// do; no number of threads is relied on.
+// do; no number of threads is relied on. All is computed in float32; with bfloat16 what leaves the layer is rounded.
 #pragma once
 
 #include <vector>
@@ -20,8 +20,9 @@ struct EncoderNorm {
 };
 
 struct EncoderArgs {
-  const float* x;  // [samples, length, width]
-  float* out;
+  DType dtype;  // of x and out: float32 or bfloat16
+  const void* x;  // [samples, length, width]
+  void* out;
   int64_t samples, length, width, heads;
   PackedLayer query, key, value, output, up, down;
   EncoderNorm attention_norm, output_norm;
@@ -48,7 +49,7 @@ class EncoderRun {
     const int64_t common = carve(nullptr, shared_ * p_.length, shared_ * p_.length).bytes;
     area_ = own;
     kept_ = std::make_unique<KeptMemory>(own * smaller(alone_, threads_) + common);
-    attention_scratch_ = table_.attention_scratch_bytes(head(p_.x, p_.x, p_.x, nullptr, 0, 0));
+    attention_scratch_ = table_.attention_scratch_bytes(head(nullptr, nullptr, nullptr, nullptr, 0, 0));
   }
 
   void run() {
@@ -138,23 +139,43 @@ class EncoderRun {
   void step(int number, const Group& g, const Buffers& b, int64_t from, int64_t rows, const Piece& piece) const {
     const int64_t start = g.first * p_.length + from;
     switch (number) {
-      case 0: return quantize(table_, p_.x + start * p_.width, p_.width, b.codes, piece);
+      case 0: return quantize(table_, rows_at(p_.x, start), p_.dtype, p_.width, b.codes, piece);
       case 1: {
         const PackedLayer* const layers[] = {&p_.query, &p_.key, &p_.value};
         float* const to[] = {b.query, b.key, b.value};
-        return multiply_beside(table_, layers, to, 3, nullptr, b.codes, rows, piece);
+        return multiply_beside(table_, layers, to, 3, {nullptr, kFloat32, b.codes}, rows, piece);
       }
       case 2: return attend(g, b, piece);
-      case 3: return quantize(table_, b.context + from * p_.width, p_.width, b.codes, piece);
+      case 3: return quantize(table_, b.context + from * p_.width, kFloat32, p_.width, b.codes, piece);
       case 4: return multiply(table_, p_.output, b.codes, rows, b.sum, piece);
       case 5:
-        normalize(p_.attention_norm, b.sum, p_.x + start * p_.width, b.hidden, piece);
-        return quantize(table_, b.hidden, p_.width, b.codes, piece);
+        normalize(p_.attention_norm, b.sum, residual(start, b, piece), b.hidden, piece);
+        return quantize(table_, b.hidden, kFloat32, p_.width, b.codes, piece);
       case 6: return multiply(table_, p_.up, b.codes, rows, b.wide, piece);
-      case 7: return quantize(table_, b.wide, p_.up.outputs, b.codes, piece);
+      case 7: return quantize(table_, b.wide, kFloat32, p_.up.outputs, b.codes, piece);
       case 8: return multiply(table_, p_.down, b.codes, rows, b.sum, piece);
-      default: return normalize(p_.output_norm, b.sum, b.hidden, p_.out + start * p_.width, piece);
+      default: return answer(start, b, piece);
     }
+  }
+
+  char* rows_at(const void* x, int64_t row) const {
+    return (char*)x + row * p_.width * (p_.dtype == kFloat32 ? 4 : 2);
+  }
+
+  // The layer's input as float32: as it is, or in the place of what is to become of it.
+  const float* residual(int64_t start, const Buffers& b, const Piece& piece) const {
+    if (p_.dtype == kFloat32) return (const float*)rows_at(p_.x, start);
+    const int64_t count = (piece.end - piece.begin) * p_.width;
+    table_.widen(rows_at(p_.x, start + piece.begin), p_.dtype, b.hidden + piece.begin * p_.width, count);
+    return b.hidden;
+  }
+
+  void answer(int64_t start, const Buffers& b, const Piece& piece) const {
+    float* to = p_.dtype == kFloat32 ? (float*)rows_at(p_.out, start) : b.sum;
+    normalize(p_.output_norm, b.sum, b.hidden, to, piece);
+    if (p_.dtype == kFloat32) return;
+    const int64_t count = (piece.end - piece.begin) * p_.width;
+    table_.narrow(b.sum + piece.begin * p_.width, rows_at(p_.out, start + piece.begin), p_.dtype, count);
   }
 
   // What the pieces of a step are ranges of.

@@ -131,7 +131,9 @@ void float_linear_blocks(const FloatLinearArgs& p, int64_t row_begin, int64_t ro
     int64_t ldx = 0;
     const float* x = nullptr;
     if (!kPaired || rows <= kDirectRows) x = float_x_rows<kType>(p, row, rows, s.x, &ldx);
-    if constexpr (kPaired) pair_rows<kBits>(p, row, rows, s.pairs);
+    if constexpr (kPaired) {
+      if (rows > kDirectRows || p.k % kChain != 0) pair_rows<kBits>(p, row, rows, s.pairs);
+    }
     for (int64_t col = col_begin; col < col_end; col += kFloatCols) {
       const int64_t cols = mono_quant::smaller(kFloatCols, col_end - col);
       memset(s.total, 0, (size_t)(rows * kFloatCols * 4));

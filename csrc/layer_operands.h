@@ -63,21 +63,47 @@ inline PackedLayer take_words(std::vector<Tensor>& tensors, int64_t at, int64_t 
   return layer;
 }
 
-// Whether the elements of a mask are bool (true is seen); else they are float32 (added).
-inline bool is_boolean_mask(const Tensor& mask) {
-  const bool boolean = mask.dtype() == aoti_torch_dtype_bool();
-  check(boolean || mask.dtype() == aoti_torch_dtype_float32(), "the mask must be bool or float32");
-  return boolean;
+// What whole layers compute with: float32, or bfloat16 that is widened to it and rounded from it.
+inline DType layer_type(const Tensor& t, const char* what) {
+  const DType dtype = float_type(t.dtype(), what);
+  if (dtype == kFloat16) fail(std::string(what) + " must be float32 or bfloat16");
+  return dtype;
 }
 
-// A mask [samples or 1, 1, queries or 1, all keys] of bool or float32 as floats to add: the first `keys` of each row,
-// padded for whole vectors.
+// `count` elements as float32; `storage`, which has room for them, is used where they are of another type.
+inline const float* as_floats(const void* data, DType dtype, int64_t count, float* storage) {
+  if (dtype == kFloat32 || count == 0) return static_cast<const float*>(data);
+  kernels().widen(data, dtype, storage, count);
+  return storage;
+}
+
+// The elements of a mask as what they add to scores.
+class MaskElements {
+ public:
+  explicit MaskElements(const Tensor& mask) {
+    if (mask.dtype() == aoti_torch_dtype_bool()) shown_ = mask.data<bool>();
+    else if (layer_type(mask, "a mask that is not bool") == kFloat32) added_ = mask.data<float>();
+    else halves_ = mask.data<torch::headeronly::BFloat16>();
+  }
+  float at(int64_t i) const {
+    if (shown_) return shown_[i] ? 0.f : -__builtin_inff();
+    return added_ ? added_[i] : (float)halves_[i];
+  }
+
+ private:
+  const bool* shown_ = nullptr;  // true is seen
+  const float* added_ = nullptr;
+  const torch::headeronly::BFloat16* halves_ = nullptr;
+};
+
+// A mask [samples or 1, 1, queries or 1, all keys] as floats to add: the first `keys` of each row, padded for whole
+// vectors.
 inline std::vector<float> additive_mask(const Tensor& mask, int64_t samples, int64_t queries, int64_t all_keys,
                                         int64_t keys, int64_t* rows) {
   const bool fits = mask.dim() == 4 && (mask.size(0) == samples || mask.size(0) == 1) && mask.size(1) == 1 &&
                     (mask.size(2) == queries || mask.size(2) == 1) && mask.size(3) == all_keys;
   check(fits, "the mask must be [samples, 1, queries, keys]");
-  const bool boolean = is_boolean_mask(mask);
+  const MaskElements elements(mask);
   *rows = mask.size(2) == 1 || mask.stride(2) == 0 ? 1 : queries;
   const int64_t columns = round_up(keys, kMaskColumns), step = mask.size(0) == 1 ? 0 : mask.stride(0);
   std::vector<float> values((size_t)(samples * *rows * columns));
@@ -85,13 +111,7 @@ inline std::vector<float> additive_mask(const Tensor& mask, int64_t samples, int
     for (int64_t r = 0; r < *rows; ++r) {
       float* to = values.data() + (s * *rows + r) * columns;
       const int64_t from = s * step + (*rows == 1 ? 0 : r * mask.stride(2));
-      if (boolean) {
-        const bool* seen = mask.data<bool>() + from;
-        for (int64_t i = 0; i < keys; ++i) to[i] = seen[i * mask.stride(3)] ? 0.f : -__builtin_inff();
-      } else {
-        const float* add = mask.data<float>() + from;
-        for (int64_t i = 0; i < keys; ++i) to[i] = add[i * mask.stride(3)];
-      }
+      for (int64_t i = 0; i < keys; ++i) to[i] = elements.at(from + i * mask.stride(3));
     }
   }
   return values;

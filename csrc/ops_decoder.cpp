@@ -9,6 +9,7 @@ namespace {
 struct Call {
   Tensor x, keys, values, cosine, sine, mask;
   std::vector<Tensor> weights;
+  DecoderFloats floats;
   DecoderArgs a = {};
   std::vector<DecoderLayer> layers = std::vector<DecoderLayer>(1);
 };
@@ -30,15 +31,19 @@ void take_operands(StableIValue* stack, StableIValue* rest, Call* c) {
   c->layers[0].output_eps = (float)take_float(rest[7]);
   c->a.causal = take_bool(rest[8]);
   shape.activation = activation_from(take_string(rest[9]));
-  check(c->x.dim() == 3, "decoder layers take float32 [samples, length, width]");
+  check(c->x.dim() == 3, "decoder layers take [samples, length, width]");
   check(c->keys.dim() == 4 && c->values.dim() == 4, "keys and values must have four dimensions");
   check((int64_t)c->weights.size() == kDecoderTensors, "decoder_layer got another number of weights");
+  shape.dtype = layer_type(c->x, "the input of decoder layers");
   shape.width = c->x.size(2);
   shape.key_heads = c->keys.size(1);
   shape.depth = c->keys.size(3);
   check_heads(shape);
-  take_inputs(c->x, c->cosine, c->sine, shape, &c->a);
+  take_inputs(c->x, c->cosine, c->sine, shape, &c->floats, &c->a);
   take_weights(c->weights, 0, shape, &c->layers[0]);
+  Tensor* const norms = &c->weights[kDecoderLinears * kTensorsEach];
+  for (int64_t n = 0; n < kDecoderNorms; ++n) norms[n].make_contiguous();
+  take_norms(norms, 0, shape, &c->floats, &c->layers[0]);
 }
 
 // ---- decoder_layer(Tensor x, Tensor past_keys, Tensor past_values, Tensor cosine, Tensor sine, Tensor? mask,
@@ -50,7 +55,7 @@ void decoder_layer(StableIValue* stack, uint64_t, uint64_t) {
   take_operands(stack, stack + 3, &c);
   Tensor keys, values;
   take_growing_cache(c.keys, c.values, c.a, &c.layers[0], &keys, &values);
-  stack[0] = run_decoder(&c.a, c.layers, c.mask, c.layers[0].seen).release();
+  stack[0] = run_decoder(&c.a, c.layers, c.x, c.mask, c.layers[0].seen).release();
   stack[1] = keys.release();
   stack[2] = values.release();
 }
@@ -65,7 +70,7 @@ void decoder_layer_static_cache(StableIValue* stack, uint64_t, uint64_t) {
   take_operands(stack, stack + 4, &c);
   take_static_cache(c.keys, c.values, position, c.a, &c.layers[0]);
   see_all_shown(c.mask, c.a, &c.layers);
-  stack[0] = run_decoder(&c.a, c.layers, c.mask, c.keys.size(2)).release();
+  stack[0] = run_decoder(&c.a, c.layers, c.x, c.mask, c.keys.size(2)).release();
 }
 
 }  // namespace

@@ -56,17 +56,18 @@ const float* floats_now(const Tensor& held, int64_t numel) {
   return static_cast<const float*>(data);
 }
 
-std::vector<DecoderLayer> current_layers(const HeldDecoder& held) {
+std::vector<DecoderLayer> current_layers(const HeldDecoder& held, DecoderFloats* floats) {
   std::vector<DecoderLayer> layers = held.layers;
   const Tensor* t = held.weights.data();
-  for (DecoderLayer& layer : layers) {
+  if (held.shape.dtype != kFloat32) floats->norms.resize(layers.size() * (size_t)(kDecoderNorms * held.shape.width));
+  for (size_t i = 0; i < layers.size(); ++i) {
+    DecoderLayer& layer = layers[i];
     for (PackedLayer* linear : layer.linears()) {
       linear->weight_scale = floats_now(t[2], linear->outputs * linear->groups());
       linear->bias = floats_now(t[3], linear->outputs);
       t += kTensorsEach;
     }
-    layer.attention_norm = floats_now(t[0], held.shape.width);
-    layer.output_norm = floats_now(t[1], held.shape.width);
+    take_norms(t, (int64_t)i, held.shape, floats, &layer);
     t += kDecoderNorms;
   }
   return layers;
@@ -89,12 +90,15 @@ void hold_decoder_layers(StableIValue* stack, uint64_t, uint64_t) {
                     (int64_t)eps.size() == count * kDecoderNorms;
   check(fits, "decoder layers got another number of weights");
   for (const Tensor& t : held->weights) check(t.is_contiguous(), "the weights of decoder layers must be contiguous");
+  held->shape.dtype = layer_type(held->weights.back(), "the norm's weight");
   held->shape.width = held->weights.back().numel();
   check_heads(held->shape);
   held->layers.resize((size_t)count);
   for (int64_t i = 0; i < count; ++i) {
     DecoderLayer& layer = held->layers[(size_t)i];
     take_weights(held->weights, i * kDecoderTensors, held->shape, &layer);
+    DecoderFloats floats;  // what a call will use; here it is tried
+    take_norms(&held->weights[(size_t)((i + 1) * kDecoderTensors - kDecoderNorms)], 0, held->shape, &floats, &layer);
     layer.attention_eps = (float)eps[(size_t)(i * kDecoderNorms)];
     layer.output_eps = (float)eps[(size_t)(i * kDecoderNorms + 1)];
   }
@@ -106,6 +110,7 @@ struct Call {
   std::shared_ptr<const HeldDecoder> held;
   Tensor x, cosine, sine, mask;
   std::vector<Tensor> keys, values;
+  DecoderFloats floats;
   DecoderArgs a = {};
   std::vector<DecoderLayer> layers;
 };
@@ -121,10 +126,10 @@ void take_operands(StableIValue* stack, StableIValue* rest, Call* c) {
   c->a.causal = take_bool(rest[3]);
   c->held = HeldDecoders::all().get(take_int(stack[0]));
   c->a.scale = c->held->scale;
-  c->layers = current_layers(*c->held);
+  c->layers = current_layers(*c->held, &c->floats);
   check(c->keys.size() == c->layers.size() && c->values.size() == c->layers.size(),
         "there must be keys and values for each layer");
-  take_inputs(c->x, c->cosine, c->sine, c->held->shape, &c->a);
+  take_inputs(c->x, c->cosine, c->sine, c->held->shape, &c->floats, &c->a);
 }
 
 // ---- decoder_layers(int held, Tensor x, Tensor[] past_keys, Tensor[] past_values, Tensor cosine, Tensor sine,
@@ -138,7 +143,7 @@ void decoder_layers(StableIValue* stack, uint64_t, uint64_t) {
     take_growing_cache(c.keys[i], c.values[i], c.a, &c.layers[i], &keys[i], &values[i]);
     check(c.layers[i].seen == c.layers[0].seen, "the layers have pasts of different lengths");
   }
-  stack[0] = run_decoder(&c.a, c.layers, c.mask, c.layers[0].seen).release();
+  stack[0] = run_decoder(&c.a, c.layers, c.x, c.mask, c.layers[0].seen).release();
   stack[1] = release_tensors(keys);
   stack[2] = release_tensors(values);
 }
@@ -156,7 +161,7 @@ void decoder_layers_static_cache(StableIValue* stack, uint64_t, uint64_t) {
     check(c.keys[i].size(2) == c.keys[0].size(2), "the caches of the layers have different capacities");
   }
   see_all_shown(c.mask, c.a, &c.layers);
-  stack[0] = run_decoder(&c.a, c.layers, c.mask, c.keys[0].size(2)).release();
+  stack[0] = run_decoder(&c.a, c.layers, c.x, c.mask, c.keys[0].size(2)).release();
 }
 
 }  // namespace

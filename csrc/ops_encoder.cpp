@@ -7,10 +7,14 @@ namespace {
 
 constexpr int64_t kLinears = 6, kNormTensors = 4;
 
-EncoderNorm take_norm(std::vector<Tensor>& tensors, int64_t at, int64_t width, double eps) {
-  expect(tensors[(size_t)at], "the norm's weight", aoti_torch_dtype_float32(), width);
-  expect(tensors[(size_t)at + 1], "the norm's bias", aoti_torch_dtype_float32(), width);
-  return {tensors[(size_t)at].data<float>(), tensors[(size_t)at + 1].data<float>(), (float)eps};
+// Weight and bias, as float32 in `storage` where they are of another type.
+EncoderNorm take_norm(std::vector<Tensor>& tensors, int64_t at, int64_t width, double eps, float* storage) {
+  Tensor &weight = tensors[(size_t)at], &bias = tensors[(size_t)at + 1];
+  const DType dtype = layer_type(weight, "the norm's weight");
+  expect(weight, "the norm's weight", weight.dtype(), width);
+  expect(bias, "the norm's bias", weight.dtype(), width);
+  return {as_floats(weight.data<void>(), dtype, width, storage),
+          as_floats(bias.data<void>(), dtype, width, storage + width), (float)eps};
 }
 
 // ---- encoder_layer(Tensor x, Tensor? mask, Tensor[] weights, int heads, float scale, float attention_eps,
@@ -22,7 +26,8 @@ void encoder_layer(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t heads = take_int(stack[3]);
   const double scale = take_float(stack[4]), attention_eps = take_float(stack[5]), output_eps = take_float(stack[6]);
   const Activation activation = activation_from(take_string(stack[7]));
-  check(x.dim() == 3 && x.dtype() == aoti_torch_dtype_float32(), "encoder_layer takes float32 [samples, length, width]");
+  check(x.dim() == 3, "encoder_layer takes [samples, length, width]");
+  const DType dtype = layer_type(x, "the input of encoder_layer");
   check((int64_t)weights.size() == kLinears * kTensorsEach + kNormTensors, "encoder_layer got another number of weights");
   x.make_contiguous();
   EncoderArgs a = {};
@@ -39,17 +44,20 @@ void encoder_layer(StableIValue* stack, uint64_t, uint64_t) {
     check(i == 4 || layers[i]->outputs == a.width, "a layer of the encoder has another width");
     check(inputs <= kDeepestLayer, "a layer of the encoder is too deep for one call");
   }
-  a.attention_norm = take_norm(weights, kLinears * kTensorsEach, a.width, attention_eps);
-  a.output_norm = take_norm(weights, kLinears * kTensorsEach + 2, a.width, output_eps);
+  std::vector<float> norms((size_t)(kNormTensors * a.width));
+  const int64_t first = kLinears * kTensorsEach;
+  a.attention_norm = take_norm(weights, first, a.width, attention_eps, norms.data());
+  a.output_norm = take_norm(weights, first + 2, a.width, output_eps, norms.data() + 2 * a.width);
   std::vector<float> mask_values;
   if (mask) {
     mask_values = additive_mask(mask, a.samples, a.length, a.length, a.length, &a.mask_rows);
     a.mask = mask_values.data();
   }
-  Tensor out = Tensor::empty({a.samples, a.length, a.width}, aoti_torch_dtype_float32());
+  Tensor out = Tensor::empty({a.samples, a.length, a.width}, x.dtype());
   if (out.numel() > 0) {
-    a.x = x.data<float>();
-    a.out = out.mutable_data<float>();
+    a.dtype = dtype;
+    a.x = x.data<void>();
+    a.out = out.mutable_data<void>();
     EncoderRun(a).run();
   }
   stack[0] = out.release();

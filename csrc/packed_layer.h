@@ -65,9 +65,18 @@ class Carver {
   int64_t at_ = 0;
 };
 
-inline void quantize(const KernelTable& table, const float* x, int64_t width, const Codes& to, const Piece& piece) {
+// What linear layers read: codes for those of tiles, the rows themselves for those of words.
+struct LinearInput {
+  const void* rows;
+  DType dtype;
+  Codes codes;
+};
+
+inline void quantize(const KernelTable& table, const void* x, DType dtype, int64_t width, const Codes& to,
+                     const Piece& piece) {
   const int64_t stride = round_up(width, kPanelDepth);
-  table.quantize_rows(x + piece.begin * width, kFloat32, width, piece.end - piece.begin, width,
+  const char* from = (const char*)x + piece.begin * width * (dtype == kFloat32 ? 4 : 2);
+  table.quantize_rows(from, dtype, width, piece.end - piece.begin, width,
                       to.codes + piece.begin * stride, stride, to.scale + piece.begin, to.zero_point + piece.begin);
 }
 
@@ -92,14 +101,14 @@ inline void multiply(const KernelTable& table, const PackedLayer& layer, const C
   table.linear(a, piece.begin, piece.end, piece.col_begin, piece.col_end, scratch.get());
 }
 
-// Of rows `x` or, for a layer of tiles, of their codes.
-inline void multiply(const KernelTable& table, const PackedLayer& layer, const float* x, const Codes& codes,
-                     int64_t rows, float* out, const Piece& piece) {
-  if (layer.packed) return multiply(table, layer, codes, rows, out, piece);
+inline void multiply(const KernelTable& table, const PackedLayer& layer, const LinearInput& x, int64_t rows,
+                     float* out, const Piece& piece) {
+  if (layer.packed) return multiply(table, layer, x.codes, rows, out, piece);
   FloatLinearArgs a = {};
-  a.x = x;
+  a.x = x.rows;
   a.x_stride = a.k = layer.inputs;
-  a.dtype = kFloat32;
+  a.dtype = x.dtype;
+  a.out_dtype = kFloat32;
   a.m = rows;
   a.n = layer.outputs;
   a.bits = layer.bits;
@@ -117,12 +126,12 @@ inline void multiply(const KernelTable& table, const PackedLayer& layer, const f
 
 // Layers that read the same rows, their columns side by side, each padded to a multiple of 64.
 inline void multiply_beside(const KernelTable& table, const PackedLayer* const* layers, float* const* out, int count,
-                            const float* x, const Codes& codes, int64_t rows, const Piece& piece) {
+                            const LinearInput& x, int64_t rows, const Piece& piece) {
   int64_t first = 0;
   for (int i = 0; i < count; ++i) {
     const int64_t begin = larger(piece.col_begin - first, 0);
     const int64_t end = smaller(piece.col_end - first, layers[i]->outputs);
-    if (begin < end) multiply(table, *layers[i], x, codes, rows, out[i], {piece.begin, piece.end, begin, end});
+    if (begin < end) multiply(table, *layers[i], x, rows, out[i], {piece.begin, piece.end, begin, end});
     first += round_up(layers[i]->outputs, 64);
   }
 }

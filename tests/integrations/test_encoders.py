@@ -169,9 +169,16 @@ class TestWhatIsNotFused:
         assert all("is not an int8 linear layer" in reason for reason in result.info.unfused_layers.values())
         assert len(result.info.unfused_layers) == LAYERS
 
-    def test_norms_in_bfloat16(self) -> None:
-        result = mono_quant.quantize(bert(), compute_dtype=torch.bfloat16)
-        assert set(result.info.unfused_layers.values()) == {"attention.output.LayerNorm is not float32"}
+    def test_norms_in_float16(self) -> None:
+        result = mono_quant.quantize(bert(), compute_dtype=torch.float16)
+        reason = "attention.output.LayerNorm is not float32 or bfloat16"
+        assert set(result.info.unfused_layers.values()) == {reason}
+
+    def test_norms_of_two_dtypes(self) -> None:
+        model = bert()
+        model.encoder.layer[0].output.LayerNorm.bfloat16()
+        result = mono_quant.quantize(model)
+        assert result.info.unfused_layers == {"encoder.layer.0": "its norms are of two dtypes"}
 
     def test_an_activation_that_no_kernel_computes(self) -> None:
         result = mono_quant.quantize(bert(hidden_act="tanh"))

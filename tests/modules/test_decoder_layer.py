@@ -148,7 +148,7 @@ def graph_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def close(first: Tensor, second: Tensor) -> bool:
     """Whether logits agree but for codes that rounding has flipped: a few in the hundred of their size."""
-    return float((first - second).norm() / second.norm()) < 0.03
+    return float((first.float() - second.float()).norm() / second.float().norm()) < 0.03
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -202,6 +202,58 @@ class TestFewBits:
             (found, calls), (wanted, none) = logits(mixed, words()), logits(unfused(mixed), words())
             assert (calls, none) == (2, 0)
             assert close(found, wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "group_size": 32}], ids=str)
+class TestBFloat16:
+    @pytest.fixture
+    def half(self, options: dict[str, Any]) -> Any:
+        return quantized(build(hidden_size=96, intermediate_size=160), compute_dtype=torch.bfloat16, **options)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_layers_run_as_one_call_and_answer_the_same(self, family: str, options: dict[str, Any]) -> None:
+        single = build(family, hidden_size=96, intermediate_size=160)
+        half = quantized(single, compute_dtype=torch.bfloat16, **options)
+        (found, calls), (wanted, none) = logits(half, words()), logits(unfused(half), words())
+        assert (calls, none) == (2, 0)
+        assert found.dtype == wanted.dtype == torch.bfloat16
+        assert close(found, wanted)
+        # Nearer to the model in float32 than its parts are, or as near: there is less that is rounded.
+        exact = logits(quantized(single, **options), words())[0]
+        assert float((found - exact).norm()) < 1.2 * float((wanted - exact).norm())
+
+    def test_both_caches_hold_bfloat16_and_give_the_same_tokens(self, half: Any, options: dict[str, Any]) -> None:
+        ids = words()
+        growing, static = DynamicCache(), StaticCache(half.config, max_cache_len=32)
+        for start, stop in ((0, 6), (6, 7), (7, 9)):
+            part = ids[:, start:stop]
+            (first, calls), (second, more) = (
+                logits(half, part, past_key_values=cache, use_cache=True) for cache in (growing, static)
+            )
+            assert (calls, more) == (2, 2)
+            assert close(first, second)
+        for cache in (growing, static):
+            assert all(layer.keys.dtype == torch.bfloat16 for layer in cache.layers)
+        assert same_bits(growing.layers[1].values, static.layers[1].values[:, :, :9].contiguous())
+
+    def test_compiled_layers_run_whole(self, half: Any, options: dict[str, Any], graph_calls: list[int]) -> None:
+        compiled = torch.compile(half, backend="aot_eager", fullgraph=True)
+        cache = DynamicCache()
+        answer = compiled_logits(compiled, words(), past_key_values=cache, use_cache=True)
+        assert same_bits(answer, logits(half, words())[0])
+        assert graph_calls == numbers(half)
+        torch._dynamo.reset()
+
+    def test_a_model_may_be_moved_to_it_and_back(self, options: dict[str, Any]) -> None:
+        model = quantized(build(hidden_size=96, intermediate_size=160), **options)
+        before = logits(model, words())[0]
+        half, calls = logits(model.bfloat16(), words())
+        assert calls == 2
+        assert half.dtype == torch.bfloat16
+        after, calls = logits(model.float(), words())
+        assert calls == 2
+        assert close(half, before)
+        assert close(after, before)
 
 
 class TestCache:
@@ -291,9 +343,16 @@ class TestCache:
 class TestTheParts:
     def test_take_over_in_training_and_other_dtypes(self, model: Any) -> None:
         assert logits(copy.deepcopy(model).train(), words())[1] == 0
-        half = quantized(build(), compute_dtype=torch.bfloat16)
-        assert not any(isinstance(layer, FusedLayer) for layer in half.model.layers)
-        assert logits(copy.deepcopy(model).bfloat16(), words())[1] == 0
+        assert logits(copy.deepcopy(model).half(), words())[1] == 0
+        assert logits(copy.deepcopy(model).double(), words())[1] == 0
+
+    def test_take_over_where_the_input_and_the_norms_differ(self, model: Any, caplog: pytest.LogCaptureFixture) -> None:
+        fused_layer._reported.clear()
+        embedded = torch.randn(1, 4, 36, dtype=torch.bfloat16)
+        with caplog.at_level(logging.WARNING, "mono_quant"):
+            _, calls = logits(model, inputs_embeds=embedded)
+        assert calls == 1  # the first layer answers float32
+        assert "its input is torch.bfloat16, its norms are torch.float32" in caplog.text
 
     def test_take_over_where_a_module_inside_is_watched(self, model: Any) -> None:
         seen = []

@@ -75,6 +75,16 @@ class TestTheLayer:
             assert [name for name, _ in small.named_modules()] == [name for name, _ in twin.named_modules()]
             hidden(small, ids()), hidden(twin, ids())
 
+    def test_in_bfloat16_is_one_call_that_rounds_less_than_its_parts(self) -> None:
+        small = quantized(bert())
+        wanted = hidden(small, ids())
+        half = copy.deepcopy(small).bfloat16()
+        assert count(half, ids()) == len(fused_names(small))
+        answer, parts = hidden(half, ids()), hidden(part_by_part(half), ids())
+        assert answer.dtype == torch.bfloat16
+        assert float((answer.float() - wanted).norm()) < float((parts.float() - wanted).norm())
+        assert count(half.float(), ids()) == len(fused_names(small))
+
     @torch.no_grad()
     def test_takes_its_arguments_by_place_and_by_name(self, layer: Any, x: Tensor) -> None:
         mask = torch.ones(3, 1, 7, 7, dtype=torch.bool).tril()

@@ -20,6 +20,9 @@ from mono_quant.ops.decoder_reference import LINEARS
 from tests.ops.operands import ACTIVATIONS, OPS, REFUSED, LinearWeight, same_bits
 
 
+DTYPES = (torch.float32, torch.bfloat16)
+
+
 @pytest.fixture(params=native.available_instruction_sets())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = native.instruction_set()
@@ -63,7 +66,7 @@ class Decoder:
     @classmethod
     def random(
         cls, key_heads: int = 2, group: int = 3, depth: int = 20, wide: int = 131, *, symmetric: bool = True,
-        activation: str = "silu", seed: int = 0, bits: tuple[int, ...] = (),
+        activation: str = "silu", seed: int = 0, bits: tuple[int, ...] = (), dtype: torch.dtype = torch.float32,
     ) -> Decoder:  # fmt: skip
         """Answer a layer of int8 linear layers; with ``bits``, of such weights in turn, 0 for int8."""
         width, queries, keys = 52, key_heads * group * depth, key_heads * depth
@@ -81,8 +84,12 @@ class Decoder:
             scale = linear.scale.reshape(-1) * sizes[name][1] ** -0.5
             weights += [pack_tiles(linear.codes), linear.codes.sum(1, dtype=torch.int32), scale, linear.bias / 4, zeros]
         generator = torch.Generator().manual_seed(seed)
-        weights += [torch.rand(width, generator=generator) + 0.5 for _ in range(2)]
+        weights += [(torch.rand(width, generator=generator) + 0.5).to(dtype) for _ in range(2)]
         return cls(weights, width, key_heads, group, depth, activation)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[-1].dtype
 
     def inputs(self, samples: int, length: int, past: int, seed: int = 1) -> tuple[Tensor, ...]:
         """Answer hidden states, keys and values of the past, cosine and sine."""
@@ -91,7 +98,7 @@ class Decoder:
         held = torch.randn(2, samples, self.key_heads, past, self.depth, generator=generator)
         positions = (past + torch.arange(length)).float()[:, None] * 0.3 ** torch.arange(self.depth // 2)
         angles = torch.cat([positions, positions], -1)[None]
-        return x, held[0], held[1], angles.cos(), angles.sin()
+        return tuple(tensor.to(self.dtype) for tensor in (x, held[0], held[1], angles.cos(), angles.sin()))
 
     def run(self, inputs: tuple[Tensor, ...], mask: Tensor | None = None, causal: bool = True) -> tuple[Tensor, ...]:
         answer: tuple[Tensor, ...] = OPS.decoder_layer(
@@ -107,7 +114,7 @@ class Decoder:
         x, past_keys, past_values, *angles = inputs
         past = past_keys.shape[2]
         samples, heads, _, depth = past_keys.shape
-        keys, values = torch.full((2, samples, heads, past + x.shape[1] + room, depth), 7.0)
+        keys, values = torch.full((2, samples, heads, past + x.shape[1] + room, depth), 7.0, dtype=x.dtype)
         keys[:, :, :past], values[:, :, :past] = past_keys, past_values
         out: Tensor = OPS.decoder_layer_static_cache(
             x, keys, values, torch.tensor(past), *angles, mask, self.weights, self.key_heads * self.group,
@@ -122,6 +129,9 @@ def rows_agree(answer: Tensor, wanted: Tensor) -> bool:
     A flip changes a quantized row by one of 255 steps, and its effect on the sum that is answered is small beside the
     row. Most rows have none.
     """
+    if answer.dtype != wanted.dtype:
+        return False
+    answer, wanted = answer.float(), wanted.float()
     apart = (answer - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)
     return bool((apart < 0.05).all()) and (apart.numel() == 0 or float(apart.median()) < 0.01)
 
@@ -139,7 +149,7 @@ class Case:
     def __repr__(self) -> str:
         d = self.decoder
         mask = None if self.mask is None else (self.mask.dtype, tuple(self.mask.shape))
-        return f"Case({d.key_heads, d.group, d.depth, d.activation}, {self.sizes}, {self.causal}, {mask})"
+        return f"Case({d.key_heads, d.group, d.depth, d.activation, d.dtype}, {self.sizes}, {self.causal}, {mask})"
 
     def run(self) -> tuple[Tensor, ...]:
         return self.decoder.run(self.inputs, self.mask, self.causal)
@@ -151,7 +161,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from((2, 6, 16, 20, 64))),
         draw(st.sampled_from((1, 17, 64, 131))), symmetric=draw(st.booleans()),
         activation=draw(st.sampled_from(ACTIVATIONS)), seed=draw(st.integers(0, 1000)),
-        bits=draw(st.sampled_from(((), (4,), (8,), (4, 0, 8, 0)))),
+        bits=draw(st.sampled_from(((), (4,), (8,), (4, 0, 8, 0)))), dtype=draw(st.sampled_from(DTYPES)),
     )  # fmt: skip
     samples, past = draw(st.sampled_from((0, 1, 3))), draw(st.sampled_from((0, 1, 65)))
     length = draw(st.one_of(st.integers(1, 40), st.just(150)))
@@ -163,7 +173,7 @@ def cases(draw: st.DrawFn) -> Case:
         mask = mask[:, :, -1:].expand(-1, -1, length, -1) if draw(st.booleans()) else mask
         mask = mask if samples else mask[:0]
     if mask is not None and kind == "float":
-        mask = torch.where(mask, 0.0, -torch.inf)
+        mask = torch.where(mask, 0.0, -torch.inf).to(decoder.dtype)
     return Case(decoder, (samples, length, past), draw(st.booleans()), inputs, mask)
 
 
@@ -188,7 +198,7 @@ class TestEveryInstructionSet:
         whole, mask = case.sizes[1] + case.sizes[2], case.mask
         if mask is not None and room:
             hidden = torch.zeros((*mask.shape[:3], room), dtype=torch.bool)
-            rest = hidden if mask.dtype == torch.bool else torch.where(hidden, 0.0, -torch.inf)
+            rest = hidden if mask.dtype == torch.bool else torch.where(hidden, 0.0, -torch.inf).to(mask.dtype)
             mask = torch.cat([mask, rest], -1)
         out, keys, values = case.decoder.run_static(case.inputs, room, mask, case.causal)
         wanted = case.run()
@@ -197,6 +207,21 @@ class TestEveryInstructionSet:
         assert same_bits(values[:, :, :whole].contiguous(), wanted[2])
         assert bool((keys[:, :, whole:] == 7).all())
         assert bool((values[:, :, whole:] == 7).all())
+
+    @given(length=st.integers(1, 40), past=st.sampled_from((0, 1, 65)), symmetric=st.booleans(), causal=st.booleans())
+    def test_bfloat16_is_computed_in_float32_and_rounded(
+        self, length: int, past: int, symmetric: bool, causal: bool
+    ) -> None:
+        half = Decoder.random(symmetric=symmetric, dtype=torch.bfloat16)
+        single = Decoder.random(symmetric=symmetric)
+        single.weights[-2:] = [norm.float() for norm in half.weights[-2:]]
+        inputs = half.inputs(2, length, past)
+        answer, *held = half.run(inputs, causal=causal)
+        wide, *wanted = single.run(tuple(tensor.float() for tensor in inputs), causal=causal)
+        # Attention alone sees something else: keys and values of this call, as the cache holds them.
+        for found, expected in zip(held, wanted, strict=True):
+            assert same_bits(found, expected.bfloat16())
+        assert rows_agree(answer, wide.bfloat16())
 
     def test_a_mask_may_show_places_behind_the_last_token(self) -> None:
         decoder = Decoder.random()
@@ -259,7 +284,7 @@ class TestEveryInstructionSet:
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("change", ["weights", "angles", "past", "mask", "heads", "words", "bits", "groups"])
+@pytest.mark.parametrize("change", ["weights", "angles", "past", "mask", "heads", "words", "bits", "groups", "dtype"])
 def test_sizes_that_do_not_fit_are_refused(change: str) -> None:
     decoder = Decoder.random()
     x, keys, values, cosine, sine = decoder.inputs(2, 3, 4)
@@ -274,6 +299,8 @@ def test_sizes_that_do_not_fit_are_refused(change: str) -> None:
         mask = torch.ones(2, 1, 3, 6, dtype=torch.bool)
     elif change == "heads":
         decoder.group = 0
+    elif change == "dtype":
+        keys, values = keys.half(), values.half()
     else:
         weights = Decoder.random(bits=(4,)).weights
         if change == "words":

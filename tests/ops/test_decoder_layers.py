@@ -17,7 +17,7 @@ from mono_quant import ops
 from mono_quant.ops import native
 from mono_quant.ops.decoder_stack_reference import release_decoder_layers
 from tests.ops.operands import OPS, REFUSED, same_bits
-from tests.ops.test_decoder import Decoder, isa, threads
+from tests.ops.test_decoder import DTYPES, Decoder, isa, threads
 
 __all__ = ["isa", "threads"]  # fixtures
 
@@ -69,7 +69,8 @@ class Sequence:
     def static(self, mask: Tensor | None, causal: bool, number: int, room: int) -> tuple[Tensor, ...]:
         past, length = self.keys[0].shape[2], self.x.shape[1]
         samples, heads, _, depth = self.keys[0].shape
-        caches = [torch.full((samples, heads, past + length + room, depth), 7.0) for _ in range(2 * len(self.keys))]
+        shape = samples, heads, past + length + room, depth
+        caches = [torch.full(shape, 7.0, dtype=self.x.dtype) for _ in range(2 * len(self.keys))]
         for cache, known in zip(caches, [*self.keys, *self.values], strict=True):
             cache[:, :, :past] = known
         count = len(self.keys)
@@ -96,13 +97,13 @@ class TestEveryInstructionSet:
     @given(
         count=st.integers(1, 4), samples=st.sampled_from((0, 1, 3)), past=st.sampled_from((0, 1, 65)),
         length=st.one_of(st.integers(1, 40), st.just(300)), masked=st.booleans(), causal=st.booleans(),
-        symmetric=st.booleans(), bits=st.sampled_from(((), (4,), (0, 8, 4))),
+        symmetric=st.booleans(), bits=st.sampled_from(((), (4,), (0, 8, 4))), dtype=st.sampled_from(DTYPES),
     )  # fmt: skip
     def test_together_is_one_by_one(
         self, count: int, samples: int, past: int, length: int, masked: bool, causal: bool, symmetric: bool,
-        bits: tuple[int, ...],
+        bits: tuple[int, ...], dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        decoders = layers(count, symmetric=symmetric, bits=bits)
+        decoders = layers(count, symmetric=symmetric, bits=bits, dtype=dtype)
         sequence, whole = Sequence(decoders, samples, length, past), past + length
         mask = seen(samples, length, whole) if masked else None
         wanted = sequence.one_by_one(mask, causal)

@@ -70,6 +70,21 @@ class TestAgainstFloat64:
         apart = (answer.double().reshape(wanted.value.shape) - wanted.value).norm(dim=1)
         assert bool((apart <= wanted.limit()).all())
 
+    @given(case=cases())
+    def test_bfloat16_is_computed_in_float32_and_rounded(
+        self, case: tuple[EncoderOperands, Tensor, Tensor | None]
+    ) -> None:
+        operands, x, mask = case
+        x, weights = x.bfloat16(), operands.weights()
+        weights[-4:] = [tensor.bfloat16() for tensor in weights[-4:]]
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.bfloat16()
+        _, _, _, *numbers = operands.arguments(x)
+        answer = OPS.encoder_layer(x, mask, weights, *numbers)
+        weights[-4:] = [tensor.float() for tensor in weights[-4:]]
+        single = mask.float() if mask is not None and mask.dtype != torch.bool else mask
+        assert same_bits(answer, OPS.encoder_layer(x.float(), single, weights, *numbers).bfloat16())
+
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_most_rows_agree_up_to_rounding(self, activation: str, symmetric: bool) -> None:

@@ -20,16 +20,17 @@ def _is_exactly(value: object, name: str) -> bool:
     return kind.__module__ == _CACHES and kind.__qualname__ == name
 
 
-def dynamic_layer(cache: Any, index: int) -> Any:
+def dynamic_layer(cache: Any, index: int, dtype: torch.dtype) -> Any:
     """Answer what a ``DynamicCache`` holds for one layer, ready to be given keys and values.
 
     Args:
         cache: Any cache of transformers.
         index: The layer's place in it.
+        dtype: Of the layer's keys and values.
 
     Returns:
-        An object whose ``keys`` and ``values`` are float32 ``[samples, heads, length, depth]``; what they are, where
-        they are something else; or ``None`` where the cache keeps them in another way.
+        An object whose ``keys`` and ``values`` are ``[samples, heads, length, depth]`` of ``dtype``; what they are,
+        where they are something else; or ``None`` where the cache keeps them in another way.
     """
     if not _is_exactly(cache, "DynamicCache") or cache.offloading:
         return None
@@ -41,10 +42,10 @@ def dynamic_layer(cache: Any, index: int) -> Any:
         return None
     layer = layers[index]
     if not layer.is_initialized:
-        nothing = torch.empty(0)
+        nothing = torch.empty(0, dtype=dtype)
         layer.lazy_initialization(nothing, nothing)
     keys = layer.keys
-    return layer if keys.dtype == torch.float32 and keys.device.type == "cpu" else f"{keys.dtype} on {keys.device}"
+    return layer if keys.dtype == dtype and keys.device.type == "cpu" else f"{keys.dtype} on {keys.device}"
 
 
 def static_layer(cache: Any, index: int, samples: int, empty: Tensor) -> Any:
@@ -54,11 +55,11 @@ def static_layer(cache: Any, index: int, samples: int, empty: Tensor) -> Any:
         cache: Any cache of transformers.
         index: The layer's place in it.
         samples: Sequences that are read at a time.
-        empty: Keys of no token, float32 ``[1, heads, 0, depth]``.
+        empty: Keys of no token, ``[1, heads, 0, depth]``.
 
     Returns:
-        An object whose ``keys`` and ``values`` are float32 ``[samples, heads, capacity, depth]``; what they are, where
-        they are something else; or ``None`` where the cache keeps them in another way.
+        An object whose ``keys`` and ``values`` are ``[samples, heads, capacity, depth]`` of the dtype of ``empty``; what
+        they are, where they are something else; or ``None`` where the cache keeps them in another way.
     """
     if not _is_exactly(cache, "StaticCache") or cache.offloading:
         return None
@@ -70,7 +71,7 @@ def static_layer(cache: Any, index: int, samples: int, empty: Tensor) -> Any:
         keys = empty.expand(samples, -1, -1, -1)
         layer.lazy_initialization(keys, keys)
     held = layer.keys, layer.values
-    fits = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in held)
+    fits = all(t.dtype == empty.dtype and t.device.type == "cpu" and t.is_contiguous() for t in held)
     if fits and layer.keys.shape[0] == samples:
         return layer
     return f"{layer.keys.dtype} on {layer.keys.device}, for {layer.keys.shape[0]} sequences where {samples} are read"

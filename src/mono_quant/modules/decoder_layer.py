@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mono_quant.modules.compiled_layer import HeldCache
 from mono_quant.modules.encoder_layer import attribute
-from mono_quant.modules.fused_layer import FusedLayer, LayerLayout, gate_activation
+from mono_quant.modules.fused_layer import FLOATS, FusedLayer, LayerLayout, gate_activation
 from mono_quant.modules.layer_operands import Operands
 
 # What a decoder layer is called with, and what does not change its answer.
@@ -39,8 +39,9 @@ class DecoderLayout(LayerLayout):
         scale: The attribute that holds what scores are multiplied with.
         layer_index: The attribute that holds the layer's place in the cache.
         refuse: Answers why a layer of this class computes something else, or ``None``.
-        growing_layer: From a cache and the layer's place in it, answers the object whose ``keys`` and ``values`` grow;
-            ``None`` for a cache that works in another way; what it holds, where that is not float32 on the CPU.
+        growing_layer: From a cache, the layer's place in it and a dtype, answers the object whose ``keys`` and
+            ``values`` grow; ``None`` for a cache that works in another way; what it holds, where that is not of this
+            dtype on the CPU.
         static_layer: From a cache, the layer's place in it, the number of samples and an empty tensor ``[1, key heads,
             0, depth]``, answers the object whose ``keys`` and ``values`` have room for all tokens,
             ``cumulative_length`` of which are there; ``None`` likewise.
@@ -61,7 +62,7 @@ class DecoderLayout(LayerLayout):
     scale: str
     layer_index: str
     refuse: Callable[[nn.Module], str | None]
-    growing_layer: Callable[[Any, int], Any]
+    growing_layer: Callable[[Any, int, torch.dtype], Any]
     static_layer: Callable[[Any, int, int, Tensor], Any]
 
     @property
@@ -99,9 +100,10 @@ class DecoderLayout(LayerLayout):
         }
 
     def no_keys(self, layer: nn.Module) -> Tensor:
-        """Answer the layer's keys of no token, float32 ``[1, key heads, 0, depth]``."""
+        """Answer the layer's keys of no token, ``[1, key heads, 0, depth]`` in the dtype of its norms."""
         size = int(attribute(layer, self.head_size))
-        return torch.empty(1, int(attribute(layer, f"{self.key}.out_features")) // size, 0, size)
+        heads = int(attribute(layer, f"{self.key}.out_features")) // size
+        return torch.empty(1, heads, 0, size, dtype=attribute(layer, f"{self.attention_norm}.weight").dtype)
 
     def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs.get("hidden_states")
@@ -115,11 +117,14 @@ class DecoderLayout(LayerLayout):
         operands = layer.operands()
         if operands is None or x.shape[2] != operands.linears[0].in_features or layer.needs_its_parts(operands):
             return NotImplemented
+        empty = operands.constants["empty"]
+        if not is_of_type(layer, x, empty):
+            return NotImplemented
         for part in angles:
-            if not angles_fit(part, x, operands.constants["empty"].shape[3]):
+            if not angles_fit(part, x, empty.shape[3]):
                 layer.report(f"the angles of its positions are {part.dtype} of shape {tuple(part.shape)}")
                 return NotImplemented
-        held = self.held(layer, cache, x.shape[0], operands.constants["index"], operands.constants["empty"])
+        held = self.held(layer, cache, x.shape[0], operands.constants["index"], empty)
         if held is None:
             return NotImplemented
         return _compute(layer, operands, x, angles, mask, held)
@@ -132,19 +137,19 @@ class DecoderLayout(LayerLayout):
             cache: What the layer was called with.
             samples: Sequences that are read at a time.
             index: The layer's place in the cache.
-            empty: Keys of no token, float32 ``[1, key heads, 0, depth]``.
+            empty: Keys of no token, ``[1, key heads, 0, depth]``.
         """
         if cache is None:
             return HeldCache(None, None)
         if isinstance(cache, HeldCache):
             return cache
-        held = self.growing_layer(cache, index)
+        held = self.growing_layer(cache, index, empty.dtype)
         if held is None:
             held = self.static_layer(cache, index, samples, empty)
         if held is None:
             layer.report(f"its cache is a {type(cache).__name__} of another kind than the dynamic and static ones")
         elif isinstance(held, str):
-            layer.report(f"its cache holds {held}, expected torch.float32 on the CPU")
+            layer.report(f"its cache holds {held}, expected {empty.dtype} on the CPU")
             return None
         return held
 
@@ -152,6 +157,8 @@ class DecoderLayout(LayerLayout):
         """Answer the layer's output as one operator of a graph that is being compiled."""
         cosine, sine = angles
         empty = self.no_keys(layer)
+        if not is_of_type(layer, x, empty):
+            return NotImplemented
         held = self.held(layer, cache, x.shape[0], attribute(layer, self.layer_index), empty)
         if held is None:
             return NotImplemented
@@ -208,11 +215,18 @@ def asks_for_more(kwargs: dict[str, Any]) -> bool:
     return any(value is not None and value is not False for value in others)
 
 
+def is_of_type(layer: FusedLayer, x: Tensor, empty: Tensor) -> bool:
+    """Say whether ``x`` is of the dtype of the layer's norms, which its keys of no token have."""
+    if x.dtype != empty.dtype:
+        layer.report(f"its input is {x.dtype}, its norms are {empty.dtype}")
+    return x.dtype == empty.dtype
+
+
 def angles_fit(angles: Tensor, x: Tensor, depth: int) -> bool:
-    """Say whether operators take ``angles``: float32 ``[samples or 1, length, depth]`` for ``x``."""
+    """Say whether operators take ``angles``: ``[samples or 1, length, depth]`` for ``x``."""
     # A part of each head's elements may be rotated alone: then there are fewer angles.
     shape = angles.shape
     return (
-        angles.dtype == torch.float32 and len(shape) == 3 and shape[0] in (1, x.shape[0])
+        angles.dtype in FLOATS and len(shape) == 3 and shape[0] in (1, x.shape[0])
         and shape[1] == x.shape[1] and shape[2] == depth
     )  # fmt: skip

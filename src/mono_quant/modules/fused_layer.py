@@ -30,6 +30,8 @@ from mono_quant.ops import get_backend
 _LOG = logging.getLogger("mono_quant")
 # Sums of products of 8-bit codes fit 32 bits up to this many inputs.
 _DEEPEST: Final = 32768
+#: What operators take: bfloat16 is computed in float32 and rounded where it leaves a layer.
+FLOATS: Final = (torch.float32, torch.bfloat16)
 _GRADIENTS: Final = "gradients are recorded; call the model under torch.no_grad() or torch.inference_mode()"
 
 
@@ -138,8 +140,8 @@ class FusedLayer(ExchangedClass):
         return found
 
     def takes(self, x: object) -> bool:
-        """Say whether ``x`` is what operators take: float32 on the CPU, no gradients, not traced."""
-        if type(x) is not Tensor or x.dtype != torch.float32 or x.dim() != 3 or x.device.type != "cpu":
+        """Say whether ``x`` is what operators take: float32 or bfloat16 on the CPU, no gradients, not traced."""
+        if type(x) is not Tensor or x.dtype not in FLOATS or x.dim() != 3 or x.device.type != "cpu":
             found = f"a {type(x).__name__}"
             if isinstance(x, Tensor):
                 found += f" of {x.dtype} with {x.dim()} dimensions on {x.device}"
@@ -165,13 +167,13 @@ class FusedLayer(ExchangedClass):
         return reason is not None
 
     def takes_mask(self, mask: object, samples: int, queries: int, keys: int) -> bool:
-        """Say whether operators take ``mask``: bool or float32 ``[samples or 1, 1, queries or 1, keys]``."""
+        """Say whether operators take ``mask``: bool, float32 or bfloat16 ``[samples or 1, 1, queries or 1, keys]``."""
         if mask is None:
             return True
         if not isinstance(mask, Tensor):
             self.report(f"its mask is a {type(mask).__name__}")
             return False
-        fits = mask.dim() == 4 and mask.dtype in (torch.bool, torch.float32) and mask.device.type == "cpu"
+        fits = mask.dim() == 4 and mask.dtype in (torch.bool, *FLOATS) and mask.device.type == "cpu"
         if fits:
             shape = mask.shape
             fits = shape[0] in (1, samples) and shape[1] == 1 and shape[2] in (1, queries) and shape[3] == keys
@@ -262,10 +264,13 @@ def why_not_fused(layer: nn.Module) -> str | None:
     activated, activation = layout.activated
     if gate_activation(layer, layout) is None:
         return f"{activation} is not computed by {activated}"
+    dtypes = set()
     for name in layout.norms:
-        if any(p is None or p.dtype != torch.float32 for p in layer.get_submodule(name)._parameters.values()):
-            return f"{name} is not float32"
-    return None
+        for parameter in layer.get_submodule(name)._parameters.values():
+            if parameter is None or parameter.dtype not in FLOATS:
+                return f"{name} is not float32 or bfloat16"
+            dtypes.add(parameter.dtype)
+    return "its norms are of two dtypes" if len(dtypes) > 1 else None
 
 
 def _why_not_linear(linear: nn.Module, activated: bool, layout: LayerLayout) -> str | None:

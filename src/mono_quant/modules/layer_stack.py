@@ -80,9 +80,9 @@ class LayerStack(ExchangedClass):
         """Answer what the layers answer, for a compiled graph that hands their caches on.
 
         Args:
-            x: float32 ``[samples, length, width]``.
+            x: ``[samples, length, width]``.
             caches: One for each layer; changed.
-            angles: Cosine and sine, float32 ``[samples or 1, length, depth]``.
+            angles: Cosine and sine, ``[samples or 1, length, depth]``.
             mask: As the layers take it.
         """
         out = self._run(x, angles, mask, caches) if get_backend() == "native" else NotImplemented
@@ -190,7 +190,7 @@ def fuse_layers(model: nn.Module) -> list[str]:
     """Let every layer in ``model`` that can run as one operator do so, and decoders run all of theirs in one call.
 
     A layer can if all its linear layers are int8 with a weight of their own (in decoders also with weights of few
-    bits), its norms are float32, and its activation is computed inside the int8 linear layer before (see
+    bits), its norms are float32 or bfloat16, and its activation is computed inside the int8 linear layer before (see
     :func:`mono_quant.modules.fuse_activations`, which comes first).
 
     Args:

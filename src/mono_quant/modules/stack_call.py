@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.modules.compiled_layer import HeldCache, layer_of
-from mono_quant.modules.decoder_layer import DecoderLayout, angles_fit, is_empty
+from mono_quant.modules.decoder_layer import DecoderLayout, angles_fit, is_empty, is_of_type
 from mono_quant.modules.encoder_layer import attribute
 from mono_quant.modules.fused_layer import FusedLayer
 from mono_quant.modules.layer_operands import Operands
@@ -84,7 +84,7 @@ def call_stack(
     Args:
         layers: All of them fused.
         operands: Theirs, current.
-        x: float32 ``[samples, length, width]``.
+        x: ``[samples, length, width]``.
         angles: Cosine and sine.
         mask: What the layers would be called with.
         cache: What the layers would be called with, or a list of what holds the keys and values of each.
@@ -93,7 +93,7 @@ def call_stack(
     empty, samples, length, (cosine, sine) = operands.contents.constants["empty"], x.shape[0], x.shape[1], angles
     if x.shape[2] != operands.contents.linears[0].in_features:
         return NotImplemented  # what is wrong, a layer says best
-    if not all(angles_fit(part, x, empty.shape[3]) for part in angles):
+    if not is_of_type(first, x, empty) or not all(angles_fit(part, x, empty.shape[3]) for part in angles):
         return NotImplemented
     caches = _held_caches(first, cache, samples, operands.places, empty)
     if caches is None:
@@ -136,6 +136,8 @@ def call_stack_from_graph(
     if not first.is_compiled_whole() or places is None:
         return NotImplemented
     empty = first.layout.no_keys(first)
+    if not is_of_type(first, x, empty):
+        return NotImplemented
     caches = _held_caches(first, cache, x.shape[0], places, empty)
     if caches is None:
         return NotImplemented
@@ -197,7 +199,8 @@ def _counts(held: Any) -> bool:
 
 def _kind(operands: Operands) -> tuple[Any, ...]:
     constants = operands.constants
-    return constants["heads"], constants["empty"].shape, constants["scale"], constants["activation"]
+    empty = constants["empty"]
+    return constants["heads"], empty.shape, empty.dtype, constants["scale"], constants["activation"]
 
 
 def _alike(keys: Sequence[Tensor]) -> bool:

@@ -34,15 +34,20 @@ def decoder_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Answer ``h + down(act(gate(norm(h))) * up(norm(h)))`` with ``h = x + output(attention(norm(x)))``.
 
+    All is computed in float32. Where ``x`` is bfloat16, keys and values, what layers with words of few-bit values read,
+    and the answer are rounded to it.
+
     Args:
-        x: float32 ``[samples, length, width]``.
-        past_keys, past_values: float32 ``[samples, key heads, past, depth]``; the sizes of heads are read from them.
-        cosine, sine: The angles of the positions of ``x``, float32 ``[samples or 1, length, depth]``. Pairs of elements
-            half a head apart are rotated, as in GPT-NeoX.
-        mask: ``None``, bool (``True`` is seen) or float32 (added), ``[samples or 1, 1, length or 1, past + length]``.
+        x: float32 or bfloat16 ``[samples, length, width]``.
+        past_keys, past_values: ``[samples, key heads, past, depth]`` in the dtype of ``x``; the sizes of heads are read
+            from them.
+        cosine, sine: The angles of the positions of ``x``, float32 or bfloat16 ``[samples or 1, length, depth]``. Pairs
+            of elements half a head apart are rotated, as in GPT-NeoX.
+        mask: ``None``, bool (``True`` is seen), float32 or bfloat16 (added), ``[samples or 1, 1, length or 1, past +
+            length]``.
         weights: For each of :data:`LINEARS` tiles, column sums, scales, bias and zero points, or words of few-bit
             values, bits, scales, bias and zero points (see :func:`~mono_quant.ops.encoder_reference.linear_at`); then
-            the norms' weights.
+            the norms' weights, in the dtype of ``x``.
         heads: Heads of queries, a multiple of those of keys.
         scale: What scores are multiplied with.
         attention_eps, output_eps: Added to the mean squares of the two norms.
@@ -50,11 +55,13 @@ def decoder_layer(
         activation: What ``gate`` goes through, see :data:`mono_quant.ops.ACTIVATIONS`.
 
     Returns:
-        float32 ``[samples, length, width]``, and keys and values ``[samples, key heads, past + length, depth]``.
+        ``[samples, length, width]``, and keys and values ``[samples, key heads, past + length, depth]``, in the dtype of
+        ``x``.
 
     Raises:
-        InputError: The number of weights, or a size, does not fit.
+        InputError: The number of weights, a size or a dtype does not fit.
     """
+    _expect_one_dtype(x, past_keys, past_values)
     past, length = past_keys.shape[2], x.shape[1]
 
     def grow(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,17 +93,18 @@ def decoder_layer_static_cache(
     Those of ``x`` are written to their places in ``keys`` and ``values``.
 
     Args:
-        keys, values: float32 ``[samples, key heads, capacity, depth]``, each row dense; changed in place.
+        keys, values: ``[samples, key heads, capacity, depth]`` in the dtype of ``x``, each row dense; changed in place.
         position: The number of tokens before those of ``x``, one int64.
         mask: As there, but over all keys: ``[samples or 1, 1, length or 1, capacity]``. Without a mask, the keys up to
             the last token of ``x`` are attended to.
 
     Returns:
-        float32 ``[samples, length, width]``.
+        ``[samples, length, width]`` in the dtype of ``x``.
 
     Raises:
-        InputError: The number of weights, or a size, does not fit, or the cache has no room.
+        InputError: The number of weights, a size or a dtype does not fit, or the cache has no room.
     """
+    _expect_one_dtype(x, keys, values)
     past, length, capacity = int(position), x.shape[1], keys.shape[2]
     if past < 0 or past + length > capacity:
         raise InputError(
@@ -132,24 +140,35 @@ def _layer(
     heads, key_heads, depth = sizes
     if len(weights) != WEIGHTS:
         raise InputError(f"decoder_layer got {len(weights)} weights, expected {WEIGHTS}")
-    samples, length, _ = x.shape
+    dtype, (samples, length, _) = x.dtype, x.shape
     if heads < 1 or heads % key_heads or depth % 2:
         raise InputError(f"{heads} heads over {key_heads} heads of keys of {depth} elements are no attention")
 
     def project(name: str, rows: Tensor, act: str = "none") -> Tensor:
-        return linear_at(LINEARS.index(name), weights, rows, act)
+        place = LINEARS.index(name)
+        words = weights[place * TENSORS_EACH].dtype == torch.int32
+        return linear_at(place, weights, rows.to(dtype).float() if words else rows, act)
 
     def split(rows: Tensor) -> Tensor:
         return rows.view(samples, length, rows.shape[-1] // depth, depth).transpose(1, 2)
 
-    normed = _norm(x, weights[-2], eps[0])
+    x, cosine, sine = x.float(), cosine.float(), sine.float()
+    normed = _norm(x, weights[-2].float(), eps[0])
     query = _rotate(split(project("query", normed)), cosine, sine)
-    keys, values = grow(_rotate(split(project("key", normed)), cosine, sine), split(project("value", normed)))
-    group = heads // key_heads
-    context = attend(query, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), seen, scale)
+    new_keys, new_values = _rotate(split(project("key", normed)), cosine, sine), split(project("value", normed))
+    keys, values = grow(new_keys.to(dtype), new_values.to(dtype))
+    each = [held.float().repeat_interleave(heads // key_heads, 1) for held in (keys, values)]
+    context = attend(query, *each, seen, scale)
     hidden = x + project("output", context.transpose(1, 2).reshape(samples, length, heads * depth))
-    normed = _norm(hidden, weights[-1], eps[1])
-    return hidden + project("down", project("gate", normed, activation) * project("up", normed)), keys, values
+    normed = _norm(hidden, weights[-1].float(), eps[1])
+    out = hidden + project("down", project("gate", normed, activation) * project("up", normed))
+    return out.to(dtype), keys, values
+
+
+def _expect_one_dtype(x: Tensor, *caches: Tensor) -> None:
+    for cache in caches:
+        if cache.dtype != x.dtype:
+            raise InputError(f"keys or values are {cache.dtype}, expected the input's {x.dtype}")
 
 
 def _causal(mask: Tensor | None, past: int, queries: int, keys: int) -> Tensor:

@@ -92,12 +92,12 @@ def decoder_layers(
 
     Args:
         held: From :func:`hold_decoder_layers`.
-        x: float32 ``[samples, length, width]``.
-        past_keys, past_values: For each layer float32 ``[samples, key heads, past, depth]``, all of one length.
+        x: float32 or bfloat16 ``[samples, length, width]``.
+        past_keys, past_values: For each layer ``[samples, key heads, past, depth]``, all of one length.
         cosine, sine, mask, causal: As for one layer.
 
     Returns:
-        float32 ``[samples, length, width]``, and for each layer its keys and its values
+        ``[samples, length, width]``, and for each layer its keys and its values
         ``[samples, key heads, past + length, depth]``.
 
     Raises:
@@ -130,11 +130,11 @@ def decoder_layers_static_cache(
     """Answer what :func:`decoder_layers` does, with keys and values that have room for all tokens from the start.
 
     Args:
-        keys, values: For each layer float32 ``[samples, key heads, capacity, depth]``; changed in place.
+        keys, values: For each layer ``[samples, key heads, capacity, depth]``; changed in place.
         positions: For each layer the number of tokens before those of ``x``, one int64; not changed.
 
     Returns:
-        float32 ``[samples, length, width]``.
+        ``[samples, length, width]``.
 
     Raises:
         InputError: There are no layers of this number, a size does not fit, or a cache has no room.

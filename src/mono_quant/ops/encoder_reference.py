@@ -28,28 +28,28 @@ def encoder_layer(
     output_eps: float,
     activation: str,
 ) -> Tensor:
-    """Answer ``y = norm(h + down(act(up(h))))`` with ``h = norm(x + output(attention(x)))``.
+    """Answer ``y = norm(h + down(act(up(h))))`` with ``h = norm(x + output(attention(x)))``, computed in float32.
 
     Args:
-        x: float32 ``[samples, length, width]``.
-        mask: ``None``, bool (``True`` is seen) or float32 (added to the scores), ``[samples or 1, 1, length or 1,
-            length]``. A query that sees nothing gets zeros from attention.
+        x: float32 or bfloat16 ``[samples, length, width]``.
+        mask: ``None``, bool (``True`` is seen), float32 or bfloat16 (added to the scores), ``[samples or 1, 1, length
+            or 1, length]``. A query that sees nothing gets zeros from attention.
         weights: For each of :data:`LINEARS` tiles, column sums int32, scales float32, bias float32 and zero points
-            int8 (empty for a symmetric weight); then weight and bias of the two norms, float32.
+            int8 (empty for a symmetric weight); then weight and bias of the two norms, float32 or bfloat16.
         heads: Number of attention heads; divides ``width``.
         scale: What scores are multiplied with.
         attention_eps, output_eps: Added to the variances of the two norms.
         activation: Between ``up`` and ``down``, see :data:`mono_quant.ops.ACTIVATIONS`.
 
     Returns:
-        float32 ``[samples, length, width]``.
+        ``[samples, length, width]`` in the dtype of ``x``.
 
     Raises:
         InputError: The number of weights, or a size, does not fit.
     """
     if len(weights) != WEIGHTS:
         raise InputError(f"encoder_layer got {len(weights)} weights, expected {WEIGHTS}")
-    samples, length, width = x.shape
+    dtype, (samples, length, width) = x.dtype, x.shape
     if heads < 1 or width % heads:
         raise InputError(f"the width {width} is not a multiple of the number of heads {heads}")
 
@@ -59,12 +59,13 @@ def encoder_layer(
     def split(rows: Tensor) -> Tensor:
         return rows.view(samples, length, heads, width // heads).transpose(1, 2)
 
+    x = x.float()
     query, key, value = (split(project(name, x)) for name in ("query", "key", "value"))
     context = attend(query, key, value, mask, scale).transpose(1, 2).reshape(samples, length, width)
     first, second = weights[-4:-2], weights[-2:]
     hidden = _norm(project("output", context) + x, first[0], first[1], attention_eps)
     wide = project("up", hidden, activation)
-    return _norm(project("down", wide) + hidden, second[0], second[1], output_eps)
+    return _norm(project("down", wide) + hidden, second[0], second[1], output_eps).to(dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -77,7 +78,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight.float(), bias.float(), eps)
 
 
 def linear_at(place: int, weights: Sequence[Tensor], rows: Tensor, activation: str) -> Tensor:
