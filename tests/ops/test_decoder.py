@@ -19,7 +19,6 @@ from mono_quant.ops import native
 from mono_quant.ops.decoder_reference import LINEARS
 from tests.ops.operands import ACTIVATIONS, OPS, REFUSED, LinearWeight, same_bits
 
-
 DTYPES = (torch.float32, torch.bfloat16)
 
 

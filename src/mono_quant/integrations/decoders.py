@@ -58,8 +58,8 @@ def static_layer(cache: Any, index: int, samples: int, empty: Tensor) -> Any:
         empty: Keys of no token, ``[1, heads, 0, depth]``.
 
     Returns:
-        An object whose ``keys`` and ``values`` are ``[samples, heads, capacity, depth]`` of the dtype of ``empty``; what
-        they are, where they are something else; or ``None`` where the cache keeps them in another way.
+        An object whose ``keys`` and ``values`` are ``[samples, heads, capacity, depth]`` of the dtype of ``empty``;
+        what they are, where they are something else; or ``None`` where the cache keeps them in another way.
     """
     if not _is_exactly(cache, "StaticCache") or cache.offloading:
         return None

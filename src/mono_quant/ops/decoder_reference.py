@@ -55,8 +55,8 @@ def decoder_layer(
         activation: What ``gate`` goes through, see :data:`mono_quant.ops.ACTIVATIONS`.
 
     Returns:
-        ``[samples, length, width]``, and keys and values ``[samples, key heads, past + length, depth]``, in the dtype of
-        ``x``.
+        ``[samples, length, width]``, and keys and values ``[samples, key heads, past + length, depth]``, in the dtype
+        of ``x``.
 
     Raises:
         InputError: The number of weights, a size or a dtype does not fit.
@@ -157,8 +157,8 @@ def _layer(
     query = _rotate(split(project("query", normed)), cosine, sine)
     new_keys, new_values = _rotate(split(project("key", normed)), cosine, sine), split(project("value", normed))
     keys, values = grow(new_keys.to(dtype), new_values.to(dtype))
-    each = [held.float().repeat_interleave(heads // key_heads, 1) for held in (keys, values)]
-    context = attend(query, *each, seen, scale)
+    met = [held.float().repeat_interleave(heads // key_heads, 1) for held in (keys, values)]
+    context = attend(query, met[0], met[1], seen, scale)
     hidden = x + project("output", context.transpose(1, 2).reshape(samples, length, heads * depth))
     normed = _norm(hidden, weights[-1].float(), eps[1])
     out = hidden + project("down", project("gate", normed, activation) * project("up", normed))
