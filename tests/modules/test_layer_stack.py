@@ -133,9 +133,13 @@ class TestOneByOne:
         assert not isinstance(found.model, LayerStack)
         assert calls(found, words()) == (0, 1)
 
-    def test_where_layers_are_of_several_kinds(self) -> None:
+    def test_where_layers_are_of_several_kinds(self, caplog: pytest.LogCaptureFixture) -> None:
         source = build("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
-        found = quantized(source)
+        fused_layer._reported.clear()
+        with caplog.at_level(logging.WARNING, "mono_quant"):
+            found = quantized(source)
+            quantized(source)
+        assert caplog.messages == ["the layers of a Qwen2Model run one by one: its layers are of several kinds"]
         assert not isinstance(found.model, LayerStack)
         assert close(logits(found, words())[0], logits(unfused(found), words())[0])
 
@@ -172,11 +176,16 @@ class TestOneByOne:
         assert close(shorter, logits(twin, words())[0])
         assert not close(shorter, whole)
 
-    def test_where_caches_of_the_layers_differ(self, model: Any) -> None:
+    def test_where_caches_of_the_layers_differ(self, model: Any, caplog: pytest.LogCaptureFixture) -> None:
         cache = DynamicCache()
         logits(model, words(), past_key_values=cache, use_cache=True)
         cache.layers[1].crop(-4)
-        assert calls(model, words(2, 1), past_key_values=cache, use_cache=True) == (0, 3)
+        fused_layer._reported.clear()
+        with caplog.at_level(logging.WARNING, "mono_quant"):
+            for _ in range(2):
+                assert calls(model, words(2, 1), past_key_values=cache, use_cache=True) == (0, 3)
+        reason = "their caches are of several kinds or hold different numbers of tokens"
+        assert caplog.messages == [f"the layers of a LlamaModel run one by one: {reason}"]
 
     def test_outside_of_the_models_loop(self, model: Any) -> None:
         layers = list(model.model.layers[:])

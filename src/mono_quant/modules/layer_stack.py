@@ -86,8 +86,9 @@ class LayerStack(ExchangedClass):
             mask: As the layers take it.
         """
         out = self._run(x, angles, mask, caches) if get_backend() == "native" else NotImplemented
-        if out is not NotImplemented:
-            return out  # type: ignore[no-any-return]
+        if isinstance(out, Tensor):
+            return out
+        self._report(out)
         for layer, cache in zip(self.all_layers(), caches, strict=True):
             # Not the layer itself: its hooks are part of graphs.
             x = type(layer).forward(layer, x, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
@@ -109,21 +110,19 @@ class LayerStack(ExchangedClass):
                 out = call_stack_from_graph(self.number, layers, hidden_states, angles, mask, cache)
             else:
                 out = self._run(hidden_states, angles, mask, cache)
-        if out is NotImplemented:
-            for layer in layers:
-                hidden_states = layer(hidden_states, **kwargs)
-            return hidden_states
-        return out
+        if isinstance(out, Tensor):
+            return out
+        self._report(out)
+        for layer in layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states
 
     def _run(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Any, cache: Any) -> Any:
         layers, operands = self.all_layers(), self._operands()
         if operands is None:
             return NotImplemented
         reason = why_parts(operands.contents)
-        if reason is not None:
-            self._report(reason)
-            return NotImplemented
-        return call_stack(layers, operands, x, angles, mask, cache)
+        return reason if reason is not None else call_stack(layers, operands, x, angles, mask, cache)
 
     def _operands(self) -> StackOperands | None:
         found: StackOperands | None = self.__dict__.get(self.cache_name)
@@ -131,16 +130,21 @@ class LayerStack(ExchangedClass):
         if found is not None and found.are_current(layers):
             return found
         self.__dict__.pop(self.cache_name, None)
-        gathered = gather_stack(layers) if all_fused(layers) else None
+        gathered = gather_stack(layers) if all_fused(layers) else NotImplemented
         if not isinstance(gathered, StackOperands):
-            if gathered is not None:
-                self._report(gathered)
+            self._report(gathered)
             return None
         self.__dict__[self.cache_name] = gathered
         return gathered
 
-    def _report(self, reason: str) -> None:
-        report_once(f"the layers of a {type(self).__name__} run one by one: {reason}")
+    def _report(self, reason: Any) -> None:
+        """Say once why layers run one by one; ``NotImplemented`` stands for what is known to them, who say it."""
+        if reason is not NotImplemented:
+            _report_one_by_one(type(self), reason)
+
+
+def _report_one_by_one(model_type: type[nn.Module], reason: str) -> None:
+    report_once(f"the layers of a {model_type.__name__} run one by one: {reason}")
 
 
 class _AllAsOne:
@@ -205,6 +209,11 @@ def fuse_layers(model: nn.Module) -> list[str]:
         if layout is None or isinstance(module, LayerStack):
             continue
         layers = getattr(module, layout.layers)
-        if len(layers) and all_fused(layers) and layout.refuse(module) is None:
+        if not len(layers) or not all_fused(layers):
+            continue  # a layer that is not says why
+        reason = layout.refuse(module)
+        if reason is None:
             LayerStack.take_place(module)
+        else:
+            _report_one_by_one(type(module), reason)
     return fused

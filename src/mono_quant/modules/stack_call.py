@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 from weakref import finalize
 
 import torch
@@ -16,6 +16,8 @@ from mono_quant.modules.encoder_layer import attribute
 from mono_quant.modules.fused_layer import FusedLayer
 from mono_quant.modules.layer_operands import Operands
 from mono_quant.ops import native
+
+_UNLIKE: Final = "their caches are of several kinds or hold different numbers of tokens"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +46,18 @@ def all_fused(layers: Any) -> bool:
     return all(isinstance(layer, FusedLayer) and isinstance(layer.layout, DecoderLayout) for layer in layers)
 
 
-def gather_stack(layers: nn.ModuleList) -> StackOperands | str | None:
+def gather_stack(layers: nn.ModuleList) -> Any:
     """Hand the weights of ``layers``, all of them fused, to the native library.
 
     Returns:
-        The operands; why the layers cannot run in one call; or ``None`` where a layer has said so itself.
+        The operands (:class:`StackOperands`); why the layers cannot run in one call; or ``NotImplemented`` where a
+        layer has said so itself.
     """
     found: list[Operands] = []
     for layer in layers:
         operands = layer.operands()  # type: ignore[operator]
         if operands is None:
-            return None
+            return NotImplemented
         found.append(operands)
     weights = [tensor for each in found for tensor in each.weights]
     if len({_kind(each) for each in found}) > 1:
@@ -79,7 +82,7 @@ def gather_stack(layers: nn.ModuleList) -> StackOperands | str | None:
 def call_stack(
     layers: nn.ModuleList, operands: StackOperands, x: Tensor, angles: tuple[Tensor, Tensor], mask: Any, cache: Any
 ) -> Any:
-    """Answer what ``layers`` answer, in one call, or ``NotImplemented`` where the layers have to be called.
+    """Answer what ``layers`` answer, in one call.
 
     Args:
         layers: All of them fused.
@@ -88,6 +91,9 @@ def call_stack(
         angles: Cosine and sine.
         mask: What the layers would be called with.
         cache: What the layers would be called with, or a list of what holds the keys and values of each.
+
+    Returns:
+        Hidden states; why the layers cannot run in one call; or ``NotImplemented`` where a layer says best why.
     """
     first: Any = layers[0]
     empty, samples, length, (cosine, sine) = operands.contents.constants["empty"], x.shape[0], x.shape[1], angles
@@ -102,7 +108,9 @@ def call_stack(
     positions = [held.cumulative_length for held in caches if _counts(held)]
     if positions:
         keys, values = [held.keys for held in caches], [held.values for held in caches]
-        if len(positions) < len(caches) or not _alike(keys) or (mask is None and length == 1):
+        if len(positions) < len(caches) or not _alike(keys):
+            return _UNLIKE
+        if mask is None and length == 1:
             return NotImplemented
         if not first.takes_mask(mask, samples, length, keys[0].shape[2]):
             return NotImplemented
@@ -115,7 +123,9 @@ def call_stack(
     nothing = empty if samples == 1 else empty.expand(samples, -1, -1, -1)
     keys = [nothing if is_empty(held) else held.keys for held in caches]
     values = [nothing if is_empty(held) else held.values for held in caches]
-    if not _alike(keys) or not first.takes_mask(mask, samples, length, keys[0].shape[2] + length):
+    if not _alike(keys):
+        return _UNLIKE
+    if not first.takes_mask(mask, samples, length, keys[0].shape[2] + length):
         return NotImplemented
     out, keys, values = torch.ops.mono_quant.decoder_layers.default(
         operands.held, x, keys, values, cosine, sine, mask, causal
@@ -129,7 +139,7 @@ def call_stack_from_graph(
 ) -> Any:
     """Answer the output of ``layers`` as one operator of a graph that is being compiled.
 
-    The graph knows them by ``number``. ``NotImplemented`` where each layer has to be called.
+    The graph knows them by ``number``. What else may be answered: see :func:`call_stack`.
     """
     first: Any = layers[0]
     places = _places_in_graphs(number)
@@ -146,7 +156,7 @@ def call_stack_from_graph(
     filled = [held for held in caches if not is_empty(held)]
     past = [held.keys for held in filled], [held.values for held in filled]
     if len(positions) not in (0, len(caches)) or len(filled) not in (0, len(caches)):
-        return NotImplemented
+        return _UNLIKE
     if positions:
         out = torch.ops.mono_quant.fused_decoder_layers_static_cache.default(
             number, x, *past, positions, cosine, sine, mask
