@@ -203,14 +203,15 @@ void direct_scores(const AttentionArgs& p, const float* q, int64_t columns, int6
     const int64_t rows = mono_quant::smaller(kLanes, p.keys - key);
     F32 sum[2][kRows];
     for (int r = 0; r < kRows; ++r) sum[0][r] = sum[1][r] = splat(0.f);
-    // The next block, in its order in memory: blocks are read a column of vectors at a time, which no processor foresees.
-    for (int64_t i = 0; i < rows; ++i) {
-      const char* next = (const char*)p.k + (key + kLanes + i) * p.k_stride * kSize;
-      for (int64_t byte = 0; byte < p.depth * kSize; byte += 64) __builtin_prefetch(next + byte);
-    }
     for (int64_t d = 0; d < p.depth && rows > 0; d += kStep) {
       I32 block[kLanes];
       load_keys<kType>(p, key, rows, d, block);
+      // A share of the next block, in its order in memory: blocks are read a column of vectors at a time, which not
+      // every processor foresees. All at once they would wait for each other.
+      for (int64_t i = d * kLanes / p.depth; i < (d + kStep) * kLanes / p.depth; ++i) {
+        const char* next = (const char*)p.k + (key + kLanes + i) * p.k_stride * kSize;
+        for (int64_t byte = 0; byte < p.depth * kSize; byte += 64) __builtin_prefetch(next + byte);
+      }
       const int64_t count = mono_quant::smaller(kStep, p.depth - d);
 #pragma GCC unroll 32
       for (int64_t i = 0; i < kStep; ++i) {
