@@ -1,13 +1,12 @@
 // Products of bfloat16 pairs by AMX: a tile product takes sixteen rows, 32 inputs (a chain) and sixteen columns. It sums
-// even and odd inputs apart, each input by input, adds the two, and adds that to the sums of before, here zero.
+// the low and the high halves of pairs apart, each pair by pair, adds the two, and adds that to the sums of before, here
+// zero. Few rows are met by multiply-adds in the same order.
 //
 // Bound: a tile product is 16 cycles long; beside it sixteen vectors of sums are stored, read, scaled and added. Not timed
 // yet; sums and their order are tested on emulated tiles.
 
 namespace {
 
-constexpr bool kEvenBesideOdd = true;
-constexpr bool kPairFirstHigh = false;
 constexpr int64_t kPairTileRows = 16;
 
 // Sums of a chain for up to 32 rows and kFloatCols columns. Rows past `rows` are read, up to a whole tile.
@@ -58,6 +57,12 @@ void pair_product(const uint16_t* x, int64_t ldx, int64_t rows, const Chain* cha
       }
     }
   }
+}
+
+template <int kBits>
+int64_t direct_of_pairs(const FloatLinearArgs& p, int64_t col, int64_t cols, const float* x, int64_t ldx, int64_t rows,
+                        const FloatScratch& s) {
+  return float_direct<kBits, kApart>(p, col, cols, x, ldx, rows, p.group_size, s);
 }
 
 }  // namespace

@@ -12,8 +12,8 @@ struct DirectColumns {
 };
 
 // kChains chains from input `k` on, side by side to hide the latency, their values from register to multiply-add.
-// With kEvenBesideOdd even and odd inputs are summed apart, then added, as tiles do (bfloat16_tiles.inl).
-template <int kBits, int kRows, int kChains, bool kZeroPoints, bool kEvenBesideOdd>
+// With kApart the two halves of pairs of inputs are summed apart, then added, as tiles do (bfloat16_tiles.inl).
+template <int kBits, int kRows, int kChains, bool kZeroPoints, bool kApart>
 inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, int64_t k, F32* sum) {
   constexpr int64_t kPerDword = 32 / kBits, kPerChain = kChain / kPerDword, kDwords = kChains * kPerChain;
   const char* weight = c.weight + k * kBits / 8;
@@ -21,7 +21,7 @@ inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, i
   for (int64_t d = 0; d < kDwords; d += kLanes) {
     load_transposed(weight + d * 4, c.row_bytes, c.rows, (kDwords - d) * 4, t + d);
   }
-  constexpr int kParts = kEvenBesideOdd ? 2 : 1;
+  constexpr int kParts = kApart ? 2 : 1;
   F32 part[kChains][kRows][kParts], zero_point[kChains];
   int64_t group[kChains];
 #pragma GCC unroll 4
@@ -47,7 +47,8 @@ inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, i
         if (kZeroPoints || kStoredOffset<kBits> != 0) v = sub(v, zero_point[i]);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          F32& sum_of = part[i][r][j % kParts];
+          // The halves of pairs: see bfloat16_pairs.inl.
+          F32& sum_of = part[i][r][kBits == 4 ? j * kParts / kPerDword : j % kParts];
           sum_of = fma(splat(x[r * ldx + i * kChain + d * kPerDword + j]), v, sum_of);
         }
       }
@@ -57,15 +58,28 @@ inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, i
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < kChains; ++i) {
-      const F32 all = kEvenBesideOdd ? add(part[i][r][0], part[i][r][kParts - 1]) : part[i][r][0];
+      const F32 all = kApart ? add(part[i][r][0], part[i][r][kParts - 1]) : part[i][r][0];
       sum[r] = kBits == 16 ? add(sum[r], all) : fma(all, load_f32(c.scales + group[i]), sum[r]);
     }
   }
 }
 
-// Few rows: one vector of columns along all whole chains. Same sums in the same order as float_product.
-template <int kBits, int kRows, bool kZeroPoints, bool kEvenBesideOdd>
-void float_product_direct(const DirectColumns& c, const float* x, int64_t ldx, int64_t depth, float* total) {
+// Chains of rows of float32.
+template <int kBits, int kRows, bool kZeroPoints, bool kApart>
+struct FloatChains {
+  // Sums apart are twice as many: as many as there are registers.
+  static constexpr int kAtOnce = kApart && kRows > 2 ? 2 : 4;
+  const float* x;
+  int64_t ldx;
+  template <int kChains>
+  void add(const DirectColumns& c, int64_t k, F32* sum) const {
+    direct_chains<kBits, kRows, kChains, kZeroPoints, kApart>(c, x, ldx, k, sum);
+  }
+};
+
+// Few rows: one vector of columns along all whole chains. Same sums in the same order as those of many rows.
+template <int kRows, class Chains>
+void product_direct(const DirectColumns& c, const Chains& chains, int64_t depth, float* total) {
   // The rows of the next vector of columns are fetched in their order in memory: the rows at hand are read across, as
   // many streams as there are lanes, which no processor foresees. Into the second level: they are a tile away.
   const char* ahead = c.weight + kLanes * c.row_bytes;
@@ -77,47 +91,57 @@ void float_product_direct(const DirectColumns& c, const float* x, int64_t ldx, i
   int64_t k = 0;
   for (; k + 4 * kChain <= depth; k += 4 * kChain) {
     for (const char* end = ahead + share; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    if constexpr (kEvenBesideOdd && kRows > 2) {
-      // Twice the sums: as many as there are registers.
-      direct_chains<kBits, kRows, 2, kZeroPoints, kEvenBesideOdd>(c, x, ldx, k, sum);
-      direct_chains<kBits, kRows, 2, kZeroPoints, kEvenBesideOdd>(c, x, ldx, k + 2 * kChain, sum);
-    } else {
-      direct_chains<kBits, kRows, 4, kZeroPoints, kEvenBesideOdd>(c, x, ldx, k, sum);
-    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += Chains::kAtOnce) chains.template add<Chains::kAtOnce>(c, k + i * kChain, sum);
   }
   if (k + 2 * kChain <= depth) {
-    direct_chains<kBits, kRows, 2, kZeroPoints, kEvenBesideOdd>(c, x, ldx, k, sum);
+    chains.template add<2>(c, k, sum);
     k += 2 * kChain;
   }
-  if (k < depth) direct_chains<kBits, kRows, 1, kZeroPoints, kEvenBesideOdd>(c, x, ldx, k, sum);
+  if (k < depth) chains.template add<1>(c, k, sum);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) store_f32(total + r * kFloatCols, sum[r]);
 }
 
-template <int kBits, bool kZeroPoints, bool kEvenBesideOdd>
+template <int kBits, bool kZeroPoints, bool kApart>
 void float_rows_direct(int64_t rows, const DirectColumns& c, const float* x, int64_t ldx, int64_t depth, float* total) {
-  if (rows == 1) float_product_direct<kBits, 1, kZeroPoints, kEvenBesideOdd>(c, x, ldx, depth, total);
-  else if (rows == 2) float_product_direct<kBits, 2, kZeroPoints, kEvenBesideOdd>(c, x, ldx, depth, total);
-  else if (rows == 3) float_product_direct<kBits, 3, kZeroPoints, kEvenBesideOdd>(c, x, ldx, depth, total);
-  else float_product_direct<kBits, 4, kZeroPoints, kEvenBesideOdd>(c, x, ldx, depth, total);
+  if (rows == 1) product_direct<1>(c, FloatChains<kBits, 1, kZeroPoints, kApart>{x, ldx}, depth, total);
+  else if (rows == 2) product_direct<2>(c, FloatChains<kBits, 2, kZeroPoints, kApart>{x, ldx}, depth, total);
+  else if (rows == 3) product_direct<3>(c, FloatChains<kBits, 3, kZeroPoints, kApart>{x, ldx}, depth, total);
+  else product_direct<4>(c, FloatChains<kBits, 4, kZeroPoints, kApart>{x, ldx}, depth, total);
 }
 
-// The depth done: all whole chains, if there are few rows and chains of 32 throughout; else nothing.
-template <int kBits, bool kEvenBesideOdd>
+// Whether there are few rows, and chains of 32 throughout.
+inline bool goes_direct(const FloatLinearArgs& p, int64_t rows, int64_t group_size) {
+  return rows <= kDirectRows && (group_size % kChain == 0 || group_size == p.k);
+}
+
+// Calls run(columns, sums) for each vector of the columns [col, col + cols); answers the depth that it is to do: all
+// whole chains.
+template <class Run>
+int64_t for_vectors(const FloatLinearArgs& p, int64_t col, int64_t cols, int64_t group_size, const FloatScratch& s,
+                    const Run& run) {
+  for (int64_t half = 0; half < cols && half < kFloatCols; half += kLanes) {
+    run(DirectColumns{(const char*)p.weight + (col + half) * p.row_bytes, p.row_bytes,
+                      mono_quant::smaller(kLanes, cols - half), s.scale + half, s.zero_point + half, group_size},
+        s.total + half);
+  }
+  return p.k / kChain * kChain;
+}
+
+// The depth done, if any.
+template <int kBits, bool kApart>
 int64_t float_direct(const FloatLinearArgs& p, int64_t col, int64_t cols, const float* x, int64_t ldx, int64_t rows,
                      int64_t group_size, const FloatScratch& s) {
-  if (rows > kDirectRows || (group_size % kChain != 0 && group_size != p.k)) return 0;
+  if (!goes_direct(p, rows, group_size)) return 0;
   const int64_t depth = p.k / kChain * kChain;
-  for (int64_t half = 0; half < cols && half < kFloatCols; half += kLanes) {
-    const DirectColumns c = {(const char*)p.weight + (col + half) * p.row_bytes, p.row_bytes,
-                             mono_quant::smaller(kLanes, cols - half), s.scale + half, s.zero_point + half, group_size};
+  return for_vectors(p, col, cols, group_size, s, [&](const DirectColumns& c, float* total) {
     if (kBits != 16 && p.weight_zero_point) {
-      float_rows_direct<kBits, kBits != 16, kEvenBesideOdd>(rows, c, x, ldx, depth, s.total + half);
+      float_rows_direct<kBits, kBits != 16, kApart>(rows, c, x, ldx, depth, total);
     } else {
-      float_rows_direct<kBits, false, kEvenBesideOdd>(rows, c, x, ldx, depth, s.total + half);
+      float_rows_direct<kBits, false, kApart>(rows, c, x, ldx, depth, total);
     }
-  }
-  return depth;
+  });
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 //
 // Sums run over chains of at most 32 inputs that end where a group ends: part = sum x * code, total += part * scale.
 // The order does not depend on the number of rows, so a row's result does not either. The unit that includes this file
-// supplies kFloatRows, the rows of a register tile, and kPairs, whether it includes bfloat16_pairs.inl behind this file.
+// supplies kFloatRows, the rows of a register tile, and kPairs, whether it includes bfloat16_linear.inl behind this file.
 
 namespace {
 
@@ -16,9 +16,12 @@ namespace {
 template <int kBits>
 bool linear_of_pairs(const FloatLinearArgs& p, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
                      void* scratch);
-// The rows of a block as pairs, and what some chains add to their sums.
+// The rows of a block as pairs; the depth that few rows are done to; and what some chains add to the sums of rows.
 template <int kBits>
 void pair_rows(const FloatLinearArgs& p, int64_t row, int64_t rows, uint16_t* to);
+template <int kBits>
+int64_t direct_of_pairs(const FloatLinearArgs& p, int64_t col, int64_t cols, const float* x, int64_t ldx, int64_t rows,
+                        const FloatScratch& s);
 template <int kBits>
 void chains_of_pairs(const FloatLinearArgs& p, int64_t col, int64_t cols, int64_t rows, const Chain* chains,
                      int64_t chain_count, const FloatScratch& s);
@@ -120,7 +123,7 @@ const float* float_x_rows(const FloatLinearArgs& p, int64_t row, int64_t rows, f
   return to;
 }
 
-template <int kType, int kBits, bool kPaired, bool kEvenBesideOdd>
+template <int kType, int kBits, bool kPaired>
 void float_linear_blocks(const FloatLinearArgs& p, int64_t row_begin, int64_t row_end, int64_t col_begin,
                          int64_t col_end, void* scratch) {
   const FloatScratch s = carve_float(p, row_end - row_begin, (char*)scratch);
@@ -131,14 +134,15 @@ void float_linear_blocks(const FloatLinearArgs& p, int64_t row_begin, int64_t ro
     int64_t ldx = 0;
     const float* x = nullptr;
     if (!kPaired || rows <= kDirectRows) x = float_x_rows<kType>(p, row, rows, s.x, &ldx);
-    if constexpr (kPaired) {
-      if (rows > kDirectRows || p.k % kChain != 0) pair_rows<kBits>(p, row, rows, s.pairs);
-    }
+    if constexpr (kPaired) pair_rows<kBits>(p, row, rows, s.pairs);
     for (int64_t col = col_begin; col < col_end; col += kFloatCols) {
       const int64_t cols = mono_quant::smaller(kFloatCols, col_end - col);
       memset(s.total, 0, (size_t)(rows * kFloatCols * 4));
       decode_groups(p, col, cols, s);
-      for (int64_t k = float_direct<kBits, kEvenBesideOdd>(p, col, cols, x, ldx, rows, group_size, s); k < p.k;) {
+      int64_t k;
+      if constexpr (kPaired) k = direct_of_pairs<kBits>(p, col, cols, x, ldx, rows, s);
+      else k = float_direct<kBits, false>(p, col, cols, x, ldx, rows, group_size, s);
+      while (k < p.k) {
         // Whole chains, up to the depth of the decoded panel.
         constexpr int64_t kDepth = kPaired ? 2 * kDecodeDepth : kDecodeDepth;
         Chain chains[kDepth / 8];
@@ -172,7 +176,7 @@ void float_linear_typed(const FloatLinearArgs& p, int64_t row_begin, int64_t row
   if constexpr (kPairs && kType == mono_quant::kBFloat16 && kBits != 16) {
     if (linear_of_pairs<kBits>(p, row_begin, row_end, col_begin, col_end, scratch)) return;
   }
-  float_linear_blocks<kType, kBits, false, false>(p, row_begin, row_end, col_begin, col_end, scratch);
+  float_linear_blocks<kType, kBits, false>(p, row_begin, row_end, col_begin, col_end, scratch);
 }
 
 template <int kType>

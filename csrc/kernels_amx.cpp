@@ -19,6 +19,8 @@ namespace {
 using Code = uint8_t;
 constexpr int64_t kFloatRows = 6;
 constexpr bool kPairs = true;
+constexpr bool kApart = true;
+constexpr bool kPairFirstHigh = false;
 constexpr int64_t kTileRows = 32;
 // Up to this many rows a product of tiles is mostly padding.
 constexpr int64_t kVnniRows = 4;
@@ -130,8 +132,9 @@ void gemm_tile(const uint8_t* a, int64_t lda, int64_t rows, const int8_t* b, int
 #include "float_decode.inl"
 #include "float_direct.inl"
 #include "float_linear.inl"
-#include "bfloat16_tiles.inl"
 #include "bfloat16_pairs.inl"
+#include "bfloat16_tiles.inl"
+#include "bfloat16_linear.inl"
 
 namespace {
 

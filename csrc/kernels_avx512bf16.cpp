@@ -11,14 +11,17 @@ namespace {
 
 constexpr int64_t kFloatRows = 6;
 constexpr bool kPairs = true;
+constexpr bool kApart = false;
+constexpr bool kPairFirstHigh = true;
 
 }  // namespace
 
 #include "float_decode.inl"
 #include "float_direct.inl"
 #include "float_linear.inl"
-#include "bfloat16_dot.inl"
 #include "bfloat16_pairs.inl"
+#include "bfloat16_dot.inl"
+#include "bfloat16_linear.inl"
 
 namespace mono_quant {
 
