@@ -19,6 +19,8 @@ struct DecoderShape {
 // The weights of norms as float32, where they are not so already, and the angles of a call.
 struct DecoderFloats {
   std::vector<float> norms, cosine, sine;
+  DecoderFloats(int64_t layers, const DecoderShape& shape)
+      : norms(shape.dtype == kFloat32 ? 0 : (size_t)(layers * kDecoderNorms * shape.width)) {}
 };
 
 inline void check_heads(const DecoderShape& s) {
@@ -29,8 +31,7 @@ inline void check_heads(const DecoderShape& s) {
 // The weights of the norms of layer `i`, as they are now.
 inline void take_norms(const Tensor* norms, int64_t i, const DecoderShape& shape, DecoderFloats* floats,
                        DecoderLayer* layer) {
-  const int64_t at = i * kDecoderNorms * shape.width, end = at + kDecoderNorms * shape.width;
-  if (shape.dtype != kFloat32 && (int64_t)floats->norms.size() < end) floats->norms.resize((size_t)end);
+  const int64_t at = i * kDecoderNorms * shape.width;
   const int32_t dtype = shape.dtype == kFloat32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
   const float** const to[kDecoderNorms] = {&layer->attention_norm, &layer->output_norm};
   for (int64_t n = 0; n < kDecoderNorms; ++n) {

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "decoder_operands.h"
 
@@ -59,7 +60,6 @@ const float* floats_now(const Tensor& held, int64_t numel) {
 std::vector<DecoderLayer> current_layers(const HeldDecoder& held, DecoderFloats* floats) {
   std::vector<DecoderLayer> layers = held.layers;
   const Tensor* t = held.weights.data();
-  if (held.shape.dtype != kFloat32) floats->norms.resize(layers.size() * (size_t)(kDecoderNorms * held.shape.width));
   for (size_t i = 0; i < layers.size(); ++i) {
     DecoderLayer& layer = layers[i];
     for (PackedLayer* linear : layer.linears()) {
@@ -97,7 +97,7 @@ void hold_decoder_layers(StableIValue* stack, uint64_t, uint64_t) {
   for (int64_t i = 0; i < count; ++i) {
     DecoderLayer& layer = held->layers[(size_t)i];
     take_weights(held->weights, i * kDecoderTensors, held->shape, &layer);
-    DecoderFloats floats;  // what a call will use; here it is tried
+    DecoderFloats floats(1, held->shape);  // as a call will have them; here it is tried
     take_norms(&held->weights[(size_t)((i + 1) * kDecoderTensors - kDecoderNorms)], 0, held->shape, &floats, &layer);
     layer.attention_eps = (float)eps[(size_t)(i * kDecoderNorms)];
     layer.output_eps = (float)eps[(size_t)(i * kDecoderNorms + 1)];
@@ -110,7 +110,7 @@ struct Call {
   std::shared_ptr<const HeldDecoder> held;
   Tensor x, cosine, sine, mask;
   std::vector<Tensor> keys, values;
-  DecoderFloats floats;
+  std::optional<DecoderFloats> floats;
   DecoderArgs a = {};
   std::vector<DecoderLayer> layers;
 };
@@ -126,10 +126,11 @@ void take_operands(StableIValue* stack, StableIValue* rest, Call* c) {
   c->a.causal = take_bool(rest[3]);
   c->held = HeldDecoders::all().get(take_int(stack[0]));
   c->a.scale = c->held->scale;
-  c->layers = current_layers(*c->held, &c->floats);
+  c->floats.emplace((int64_t)c->held->layers.size(), c->held->shape);
+  c->layers = current_layers(*c->held, &*c->floats);
   check(c->keys.size() == c->layers.size() && c->values.size() == c->layers.size(),
         "there must be keys and values for each layer");
-  take_inputs(c->x, c->cosine, c->sine, c->held->shape, &c->floats, &c->a);
+  take_inputs(c->x, c->cosine, c->sine, c->held->shape, &*c->floats, &c->a);
 }
 
 // ---- decoder_layers(int held, Tensor x, Tensor[] past_keys, Tensor[] past_values, Tensor cosine, Tensor sine,
