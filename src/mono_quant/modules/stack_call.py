@@ -61,7 +61,7 @@ def gather_stack(layers: nn.ModuleList) -> Any:
         found.append(operands)
     weights = [tensor for each in found for tensor in each.weights]
     if len({_kind(each) for each in found}) > 1:
-        return "they have heads or activations of several kinds"
+        return "their heads, activations or dtypes are of several kinds"
     if not all(tensor.is_contiguous() for tensor in weights):
         return "a weight is not contiguous"
     constants = found[0].constants
