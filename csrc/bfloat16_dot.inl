@@ -75,7 +75,7 @@ struct PairChains {
   PairsOfFour<kZeroPoints> pairs;
 
   template <int kChains>
-  void add(const DirectColumns& c, int64_t k, F32* sum) const {
+  void add(const DirectColumns& c, int64_t k, DirectSums<kRows>* sum) const {
     constexpr int64_t kDwords = kChain / 8;
     I32 t[kLanes], offset[kChains];
     load_transposed(c.weight + k / 2, c.row_bytes, c.rows, kChains * kDwords * 4, t);
@@ -111,17 +111,19 @@ struct PairChains {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kChains; ++i) sum[r] = fma(part[i][r], load_f32(c.scales + group[i]), sum[r]);
+      for (int i = 0; i < kChains; ++i) {
+        sum->total[r] = fma(part[i][r], load_f32(c.scales + group[i]), sum->total[r]);
+      }
     }
   }
 };
 
 template <bool kZeroPoints>
-void pair_rows_direct(int64_t rows, const DirectColumns& c, const uint16_t* x, int64_t ldx, int64_t depth, float* total) {
-  if (rows == 1) product_direct<1>(c, PairChains<1, kZeroPoints>{x, ldx, {}}, depth, total);
-  else if (rows == 2) product_direct<2>(c, PairChains<2, kZeroPoints>{x, ldx, {}}, depth, total);
-  else if (rows == 3) product_direct<3>(c, PairChains<3, kZeroPoints>{x, ldx, {}}, depth, total);
-  else product_direct<4>(c, PairChains<4, kZeroPoints>{x, ldx, {}}, depth, total);
+void pair_rows_direct(int64_t rows, const DirectColumns& c, const uint16_t* x, int64_t ldx, float* total) {
+  if (rows == 1) product_direct<1>(c, PairChains<1, kZeroPoints>{x, ldx, {}}, total);
+  else if (rows == 2) product_direct<2>(c, PairChains<2, kZeroPoints>{x, ldx, {}}, total);
+  else if (rows == 3) product_direct<3>(c, PairChains<3, kZeroPoints>{x, ldx, {}}, total);
+  else product_direct<4>(c, PairChains<4, kZeroPoints>{x, ldx, {}}, total);
 }
 
 inline bool zero_points_fit(const FloatLinearArgs& p, const FloatScratch& s) {
@@ -138,10 +140,10 @@ int64_t direct_of_pairs(const FloatLinearArgs& p, int64_t col, int64_t cols, con
                         const FloatScratch& s) {
   if (kBits == 8) return float_direct<kBits, kApart>(p, col, cols, x, ldx, rows, p.group_size, s);
   if (!goes_direct(p, rows, p.group_size) || !zero_points_fit(p, s)) return 0;
-  const int64_t depth = p.k / kChain * kChain, stride = padded_pairs(p);
+  const int64_t stride = padded_pairs(p);
   return for_vectors(p, col, cols, p.group_size, s, [&](const DirectColumns& c, float* total) {
-    if (p.weight_zero_point) pair_rows_direct<true>(rows, c, s.pairs, stride, depth, total);
-    else pair_rows_direct<false>(rows, c, s.pairs, stride, depth, total);
+    if (p.weight_zero_point) pair_rows_direct<true>(rows, c, s.pairs, stride, total);
+    else pair_rows_direct<false>(rows, c, s.pairs, stride, total);
   });
 }
 

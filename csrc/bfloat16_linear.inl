@@ -25,37 +25,42 @@ class PairUnits {
   const unsigned control_;
 };
 
-// What pair_product must answer for a chain of inputs `x` and the codes `w` of some columns.
+// What pair_product must answer for two chains of inputs `x` and the codes `w` of some columns: with scales of one, the
+// sums of both, or of a span of both.
 inline F32 expected_sum(const float* x, const F32* w) {
-  F32 sum[2] = {splat(0.f), splat(0.f)};
-  for (int64_t k = 0; k < kChain; ++k) {
-    F32& part = sum[kApart && k % 2];
-    part = fma(splat(x[k]), w[k], part);
+  F32 total = splat(0.f);
+  for (int64_t first = 0; first < 2 * kChain; first += kChain) {
+    F32 sum[2] = {splat(0.f), splat(0.f)};
+    for (int64_t k = first; k < first + kChain; ++k) {
+      F32& part = sum[kApart && k % 2];
+      part = fma(splat(x[k]), w[k], part);
+    }
+    total = add(total, kApart ? add(sum[0], sum[1]) : sum[0]);
   }
-  return kApart ? add(sum[0], sum[1]) : sum[0];
+  return total;
 }
 
 // Tries on numbers whether this processor sums in the order that its manual gives.
 bool sums_in_order() {
-  constexpr int64_t kRows = 8;
-  alignas(64) uint16_t pairs[16 * kChain] = {0};
-  alignas(64) float panel[kChain / 2 * kFloatCols], total[16 * kFloatCols] = {0}, ones[kFloatCols];
-  float x[kRows][kChain];
-  F32 w[2][kChain];
+  constexpr int64_t kRows = 8, kDepth = 2 * kChain;
+  alignas(64) uint16_t pairs[kPairTileRows * kDepth] = {0};
+  alignas(64) float panel[kDepth / 2 * kFloatCols], total[kPairTileRows * kFloatCols] = {0}, ones[kFloatCols];
+  float x[kRows][kDepth];
+  F32 w[2][kDepth];
   uint32_t random = 1;
   const auto next = [&random] { return (random = random * 1664525u + 1013904223u) >> 8; };
   for (int64_t c = 0; c < kFloatCols; ++c) ones[c] = 1.f;
   for (int64_t r = 0; r < kRows; ++r) {
-    for (int64_t k = 0; k < kChain; ++k) {
+    for (int64_t k = 0; k < kDepth; ++k) {
       // Any sign and fraction, exponents over a range of 64.
       const uint32_t bits = (next() & 0x807fu) | (96 + next() % 64) << 7;
-      pairs[r * kChain + (kPairFirstHigh ? k ^ 1 : k)] = (uint16_t)bits;
+      pairs[pair_at(r, k / kChain * kChain, kDepth) + (kPairFirstHigh ? k ^ 1 : k) % kChain] = (uint16_t)bits;
       const uint32_t word = bits << 16;
       memcpy(&x[r][k], &word, 4);
     }
   }
   for (int64_t half = 0; half < 2; ++half) {
-    for (int64_t k = 0; k < kChain; ++k) {
+    for (int64_t k = 0; k < kDepth; ++k) {
       float codes[kLanes];
       for (float& code : codes) code = (float)(next() % 511) - 255.f;
       w[half][k] = load_f32(codes);
@@ -66,8 +71,8 @@ bool sums_in_order() {
   FloatScratch s = {};
   s.panel = panel;
   s.scale = ones;
-  const Chain chain = {0, kChain, 0};
-  pair_product(pairs, kChain, kRows, &chain, 1, s, total);
+  const Chain chains[2] = {{0, kChain, 0, false}, {kChain, kChain, 0, true}};
+  pair_product(pairs, kDepth, kRows, chains, 2, s, total);
   bool same = true;
   for (int64_t r = 0; r < kRows; ++r) {
     for (int64_t half = 0; half < 2; ++half) {

@@ -11,6 +11,7 @@
 // The unit that includes this file supplies, before:
 //   kApart          how a chain is summed: the halves of the pairs apart, then added; else pair by pair
 //   kPairFirstHigh  with 8 bits, whether the first input of a pair is in the high half of its dword
+//   kPairTiles      whether sixteen rows lie together, chain by chain
 // bfloat16_dot.inl and bfloat16_tiles.inl multiply, bfloat16_linear.inl brings it together.
 
 namespace {
@@ -54,20 +55,28 @@ class PairsOfFour {
   I32 numbers_;
 };
 
+constexpr int64_t kPairTileRows = 16;
+
+// The element where input `k` of a row is, the first of a chain, in rows of `stride` elements.
+inline int64_t pair_at(int64_t row, int64_t k, int64_t stride) {
+  if (!kPairTiles) return row * stride + k;
+  return (row / kPairTileRows * stride + k) * kPairTileRows + row % kPairTileRows * kChain;
+}
+
 // Rows of bfloat16 as pairs, with zeros behind the last input; the stride in elements is padded_pairs(p).
 template <int kBits>
 void pair_rows(const FloatLinearArgs& p, int64_t row, int64_t rows, uint16_t* to) {
   const int64_t stride = padded_pairs(p);
   const __m512i fours_apart =
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
-  for (int64_t r = 0; r < rows; ++r, to += stride) {
+  for (int64_t r = 0; r < rows; ++r) {
     const uint16_t* from = (const uint16_t*)p.x + (row + r) * p.x_stride;
-    for (int64_t i = 0; i < stride; i += 32) {
+    for (int64_t i = 0; i < stride; i += kChain) {
       const int64_t left = p.k - i;
-      __m512i v = _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : (1u << left) - 1, from + i);
+      __m512i v = _mm512_maskz_loadu_epi16(left >= kChain ? ~0u : (1u << left) - 1, from + i);
       if (kBits == 4) v = _mm512_shuffle_epi8(v, fours_apart);
       else if (kPairFirstHigh) v = _mm512_rol_epi32(v, 16);
-      _mm512_storeu_si512(to + i, v);
+      _mm512_storeu_si512(to + pair_at(r, i, stride), v);
     }
   }
 }

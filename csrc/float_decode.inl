@@ -6,6 +6,7 @@ namespace {
 using mono_quant::FloatLinearArgs;
 
 constexpr int64_t kChain = 32;
+constexpr int64_t kSpan = 4 * kChain;
 constexpr int64_t kDecodeDepth = 128;
 constexpr int64_t kFloatCols = 2 * kLanes;
 constexpr int64_t kDirectRows = 4;
@@ -13,7 +14,14 @@ constexpr int64_t kFloatBlockBytes = 512 * 1024;
 
 struct Chain {
   int64_t begin, count, group;
+  bool ends_span;
 };
+
+// Tiles add the sums of up to four chains of a group before they are scaled, a span (bfloat16_tiles.inl). Whether one ends
+// with the chain before input `next`, where whole chains end at `depth`.
+inline bool span_ends(int64_t next, int64_t group_size, int64_t depth) {
+  return next % kSpan == 0 || next % group_size == 0 || next == depth;
+}
 
 // Decoding starts where a dword starts, whatever the number of bits; a group may start within one.
 inline int64_t dword_start(int64_t k) { return k / 8 * 8; }

@@ -128,6 +128,7 @@ void float_linear_blocks(const FloatLinearArgs& p, int64_t row_begin, int64_t ro
                          int64_t col_end, void* scratch) {
   const FloatScratch s = carve_float(p, row_end - row_begin, (char*)scratch);
   const int64_t step = float_block_rows(p, row_end - row_begin), group_size = kBits == 16 ? p.k : p.group_size;
+  const int64_t whole_chains = p.k / kChain * kChain;
   constexpr bool kScaled = kBits != 16;
   for (int64_t row = row_begin; row < row_end; row += step) {
     const int64_t rows = mono_quant::smaller(step, row_end - row);
@@ -151,7 +152,7 @@ void float_linear_blocks(const FloatLinearArgs& p, int64_t row_begin, int64_t ro
           const int64_t in_group = k % group_size;
           const int64_t length = mono_quant::smaller(kChain, group_size - in_group);
           if (k + length - k0 > kDepth) break;
-          chains[count] = Chain{k, length, k / group_size};
+          chains[count] = Chain{k, length, k / group_size, span_ends(k + length, group_size, whole_chains)};
           k += length;
         }
         if constexpr (kPaired) {

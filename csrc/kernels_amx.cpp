@@ -21,6 +21,7 @@ constexpr int64_t kFloatRows = 6;
 constexpr bool kPairs = true;
 constexpr bool kApart = true;
 constexpr bool kPairFirstHigh = false;
+constexpr bool kPairTiles = true;
 constexpr int64_t kTileRows = 32;
 // Up to this many rows a product of tiles is mostly padding.
 constexpr int64_t kVnniRows = 4;

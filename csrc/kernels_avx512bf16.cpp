@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kFloatRows = 6;
 constexpr bool kPairs = true;
 constexpr bool kApart = false;
+constexpr bool kPairTiles = false;
 constexpr bool kPairFirstHigh = true;
 
 }  // namespace

@@ -538,6 +538,8 @@ void test_table(const KernelTable& t) {
     for (const int64_t k : ks) test_linear(t, m, k, ns[(variant * 7 + m) % 11], variant), ++variant;
     for (const int64_t n : ns) test_linear(t, m, ks[(variant * 5 + n) % 12], n, variant), ++variant;
   }
+  // The largest sums of weights that are still met in one piece.
+  test_linear(t, 8, 32768, 40, 0);
   for (int i = 0; i < 4; ++i) test_linear(t, 3, i % 2 ? 66000 : 33000, 5, 6 * i + i / 2);
   for (const int64_t dim : {1, 3, 4, 15, 16, 17, 40}) test_embedding(t, 9, dim, variant++);
   for (const int64_t m : {1, 2, 4, 5, 13, 25, 40}) {
@@ -547,6 +549,10 @@ void test_table(const KernelTable& t) {
       test_float_linear(t, m, 160, n, 4, 32, variant++);
       test_float_linear(t, m, 131, n, 4, 131, variant++);
       test_float_linear(t, m, 396, n, 4, 132, variant++);
+      // Spans of groups: two of three chains across a panel, one of four and one of three, four and a rest.
+      test_float_linear(t, m, 288, n, 4, 96, variant++);
+      test_float_linear(t, m, 448, n, 8, 224, variant++);
+      test_float_linear(t, m, 301, n, 4, 301, variant++);
       test_float_linear(t, m, 21, n, 4, 3, variant++);
       test_float_linear(t, m, 50, n, 8, 1, variant++);
       test_float_linear(t, m, 48, n, 8, 16, variant++);
