@@ -1,5 +1,6 @@
 // The tile operations the AMX kernels need. With MONO_QUANT_AMX_EMULATED they are plain loops, so that blocking,
 // padding and epilogue can be tested on processors without tiles; release builds never define it.
+// TILE_LOAD_ONCE leaves what else is in the first-level cache there.
 #pragma once
 
 #include <stdint.h>
@@ -60,6 +61,7 @@ inline void emulated_dpbf16(int sum, int a, int b) {
 #define TILE_RELEASE() ((void)0)
 #define TILE_ZERO(t) emulated_zero(t)
 #define TILE_LOAD(t, p, stride) emulated_load(t, p, stride)
+#define TILE_LOAD_ONCE(t, p, stride) emulated_load(t, p, stride)
 #define TILE_STORE(t, p, stride) emulated_store(t, p, stride)
 #define TILE_DPBUSD(sum, a, b) emulated_dpbusd(sum, a, b)
 #define TILE_DPBF16(sum, a, b) emulated_dpbf16(sum, a, b)
@@ -96,6 +98,7 @@ inline void configure_tiles() {
 #define TILE_RELEASE() _tile_release()
 #define TILE_ZERO(t) _tile_zero(t)
 #define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
+#define TILE_LOAD_ONCE(t, p, stride) _tile_stream_loadd(t, p, stride)
 #define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
 #define TILE_DPBUSD(sum, a, b) _tile_dpbusd(sum, a, b)
 #define TILE_DPBF16(sum, a, b) _tile_dpbf16ps(sum, a, b)
