@@ -5,9 +5,9 @@
 // rows stay in the first-level cache, whether the weights come from there or from the second: these are used once while
 // all weights pass by, and loaded so that they do not push the code rows out (83 cycles a step else, for 1024 inputs). In
 // the shadow of the products run, a few rows at a time, the scales, activation and stores of the 32 x 32 sums that were
-// finished before, and the fetching of the next weights and inputs into the second-level cache. Each 32 x 32 sums cost some
-// 170 cycles on top to leave the tiles, and where the output comes from memory some 300 more: what many outputs of few
-// inputs are bound by.
+// finished before, and the fetching of the next weights and inputs into the second-level cache. 32 x 32 sums take some 170
+// cycles more to leave the tiles, and 120 to 280 where the lines of the output come from memory: with few inputs, more than
+// their products.
 // Columns come in the inner loop: each row of the output is then written from left to right, which the processor's own
 // prefetching follows. Written in columns first, a large output took a third longer.
 
