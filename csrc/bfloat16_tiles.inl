@@ -46,12 +46,12 @@ void pair_product(const uint16_t* x, int64_t ldx, int64_t rows, const Chain* cha
   // The sums of one span are scaled while the next one's are computed.
   alignas(64) float sums[2][2 * kPairTileRows * kFloatCols];
   int which = 0;
+  clear_pair_tiles();  // as each span leaves them, and the last chain ends one
   TILE_BARRIER();
   for (int64_t first = 0; first < rows; first += 2 * kPairTileRows) {
     const int64_t count = mono_quant::smaller(2 * kPairTileRows, rows - first);
     const bool both = count > kPairTileRows;
     float* to = total + first * kFloatCols;
-    clear_pair_tiles();
     for (int64_t i = 0; i < chain_count; ++i) {
       add_pair_tiles(x + pair_at(first, chains[i].begin, ldx), ldx, both, s.panel + i * (kChain / 2) * kFloatCols);
       if (!chains[i].ends_span) continue;

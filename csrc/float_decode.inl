@@ -17,10 +17,13 @@ struct Chain {
   bool ends_span;
 };
 
+// The depth that whole chains fill.
+inline int64_t whole_chains(const FloatLinearArgs& p) { return p.k / kChain * kChain; }
+
 // Tiles add the sums of up to four chains of a group before they are scaled, a span (bfloat16_tiles.inl). Whether one ends
-// with the chain before input `next`, where whole chains end at `depth`.
-inline bool span_ends(int64_t next, int64_t group_size, int64_t depth) {
-  return next % kSpan == 0 || next % group_size == 0 || next == depth;
+// with the chain before input `next`, where its group ends before `group_end` and whole chains at `depth`.
+inline bool span_ends(int64_t next, int64_t group_end, int64_t depth) {
+  return next % kSpan == 0 || next == group_end || next == depth;
 }
 
 // Decoding starts where a dword starts, whatever the number of bits; a group may start within one.

@@ -21,8 +21,7 @@ struct DirectSums {
 // With kApart the two halves of pairs of inputs are summed apart, then added, and the chains of a span before they are
 // scaled, as tiles do (bfloat16_tiles.inl).
 template <int kBits, int kRows, int kChains, bool kZeroPoints, bool kApart>
-inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, int64_t k,
-                          DirectSums<kRows>* sum) {
+inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, int64_t k, DirectSums<kRows>* sum) {
   constexpr int64_t kPerDword = 32 / kBits, kPerChain = kChain / kPerDword, kDwords = kChains * kPerChain;
   const char* weight = c.weight + k * kBits / 8;
   I32 t[(kDwords + kLanes - 1) / kLanes * kLanes];
@@ -32,9 +31,12 @@ inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, i
   constexpr int kParts = kApart ? 2 : 1;
   F32 part[kChains][kRows][kParts], zero_point[kChains];
   int64_t group[kChains];
+  bool ends_span[kChains];
 #pragma GCC unroll 4
   for (int i = 0; i < kChains; ++i) {
-    group[i] = (k + i * kChain) / c.group_size * kFloatCols;
+    const int64_t at = (k + i * kChain) / c.group_size;
+    group[i] = at * kFloatCols;
+    ends_span[i] = kApart && span_ends(k + (i + 1) * kChain, (at + 1) * c.group_size, c.depth);
     zero_point[i] = splat(kStoredOffset<kBits>);
     if (kZeroPoints) zero_point[i] = add(zero_point[i], load_f32(c.zero_points + group[i]));
 #pragma GCC unroll 4
@@ -73,7 +75,7 @@ inline void direct_chains(const DirectColumns& c, const float* x, int64_t ldx, i
         total = fma(part[i][r][0], load_f32(c.scales + group[i]), total);
       } else {
         span = add(span, add(part[i][r][0], part[i][r][kParts - 1]));
-        if (!span_ends(k + (i + 1) * kChain, c.group_size, c.depth)) continue;
+        if (!ends_span[i]) continue;
         total = fma(span, load_f32(c.scales + group[i]), total);
         span = splat(0.f);
       }
@@ -141,7 +143,7 @@ inline bool goes_direct(const FloatLinearArgs& p, int64_t rows, int64_t group_si
 template <class Run>
 int64_t for_vectors(const FloatLinearArgs& p, int64_t col, int64_t cols, int64_t group_size, const FloatScratch& s,
                     const Run& run) {
-  const int64_t depth = p.k / kChain * kChain;
+  const int64_t depth = whole_chains(p);
   for (int64_t half = 0; half < cols && half < kFloatCols; half += kLanes) {
     run(DirectColumns{(const char*)p.weight + (col + half) * p.row_bytes, p.row_bytes,
                       mono_quant::smaller(kLanes, cols - half), s.scale + half, s.zero_point + half, group_size, depth},

@@ -7,8 +7,9 @@
 // one of 576x1536 5.1, 3.7 and 2.6 times; 128 rows of 768x3072 1.0 to 1.1 times.
 //
 // Sums run over chains of at most 32 inputs that end where a group ends: part = sum x * code, total += part * scale.
-// The order does not depend on the number of rows, so a row's result does not either. The unit that includes this file
-// supplies kFloatRows, the rows of a register tile, and kPairs, whether it includes bfloat16_linear.inl behind this file.
+// Tiles add the parts of a span first (float_decode.inl). The order does not depend on the number of rows, so a row's
+// result does not either. The unit that includes this file supplies kFloatRows, the rows of a register tile, and kPairs,
+// whether it includes bfloat16_linear.inl behind this file.
 
 namespace {
 
@@ -128,7 +129,7 @@ void float_linear_blocks(const FloatLinearArgs& p, int64_t row_begin, int64_t ro
                          int64_t col_end, void* scratch) {
   const FloatScratch s = carve_float(p, row_end - row_begin, (char*)scratch);
   const int64_t step = float_block_rows(p, row_end - row_begin), group_size = kBits == 16 ? p.k : p.group_size;
-  const int64_t whole_chains = p.k / kChain * kChain;
+  const int64_t depth = whole_chains(p);
   constexpr bool kScaled = kBits != 16;
   for (int64_t row = row_begin; row < row_end; row += step) {
     const int64_t rows = mono_quant::smaller(step, row_end - row);
@@ -152,7 +153,7 @@ void float_linear_blocks(const FloatLinearArgs& p, int64_t row_begin, int64_t ro
           const int64_t in_group = k % group_size;
           const int64_t length = mono_quant::smaller(kChain, group_size - in_group);
           if (k + length - k0 > kDepth) break;
-          chains[count] = Chain{k, length, k / group_size, span_ends(k + length, group_size, whole_chains)};
+          chains[count] = Chain{k, length, k / group_size, span_ends(k + length, k - in_group + group_size, depth)};
           k += length;
         }
         if constexpr (kPaired) {

@@ -549,7 +549,7 @@ void test_table(const KernelTable& t) {
       test_float_linear(t, m, 160, n, 4, 32, variant++);
       test_float_linear(t, m, 131, n, 4, 131, variant++);
       test_float_linear(t, m, 396, n, 4, 132, variant++);
-      // Spans of groups: two of three chains across a panel, one of four and one of three, four and a rest.
+      // Spans that end with a group, within one, and before a rest.
       test_float_linear(t, m, 288, n, 4, 96, variant++);
       test_float_linear(t, m, 448, n, 8, 224, variant++);
       test_float_linear(t, m, 301, n, 4, 301, variant++);
