@@ -132,7 +132,14 @@ class BuildNative(build_ext):
             with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
                 objects = list(pool.map(compile_one, jobs))
             # libtorch_cpu is loaded before this library is: its name suffices, no search path.
-            link = ["-shared", "-Wl,--no-undefined", "-Wl,--as-needed", f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+            link = [
+                "-shared",
+                "-Wl,--no-undefined",
+                "-Wl,--as-needed",
+                "-pthread",
+                f"-L{torch_root / 'lib'}",
+                "-ltorch_cpu",
+            ]
             if sys.platform == "darwin":
                 link = ["-shared", "-undefined", "dynamic_lookup"]
             partial = target.with_suffix(".so.partial")

@@ -7,6 +7,11 @@
 #include <mutex>
 #include <optional>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define MONO_QUANT_CAN_FORK 1
+#endif
+
 #include "decoder_operands.h"
 
 namespace mono_quant {
@@ -22,7 +27,7 @@ struct HeldDecoder {
 class HeldDecoders {
  public:
   static HeldDecoders& all() {
-    static HeldDecoders* const held = new HeldDecoders;  // never destroyed: threads may outlive static objects
+    static HeldDecoders* const held = create();  // never destroyed: threads may outlive static objects
     return *held;
   }
   int64_t add(std::shared_ptr<const HeldDecoder> decoder) {
@@ -46,6 +51,14 @@ class HeldDecoders {
   }
 
  private:
+  static HeldDecoders* create() {
+#if MONO_QUANT_CAN_FORK
+    // Another thread may hold the lock when the process forks; in the child nobody would release it.
+    pthread_atfork([] { all().mutex_.lock(); }, [] { all().mutex_.unlock(); }, [] { all().mutex_.unlock(); });
+#endif
+    return new HeldDecoders;
+  }
+
   std::mutex mutex_;
   std::map<int64_t, std::shared_ptr<const HeldDecoder>> held_;
   int64_t next_ = 0;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -66,3 +67,32 @@ def test_layers_need_their_model() -> None:
         restore_static(description, nn.ReLU())
     with pytest.raises(InputError, match="not a statically quantized model"):
         describe_static(nn.ReLU())
+
+
+@pytest.mark.parametrize("name", ["residuals", "signals"])
+def test_a_graph_can_be_copied_and_saved_while_it_first_runs(name: str) -> None:
+    example = example_of(name)
+    inputs = example.inputs(2)
+    expected = leaves(copy.deepcopy(example.quantized)(*inputs))
+    expected_state = example.quantized.state_dict()
+
+    def look(model: nn.Module) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+        return (
+            leaves(copy.deepcopy(model)(*inputs)),
+            leaves(pickle.loads(pickle.dumps(model))(*inputs)),
+            model.state_dict(),
+        )
+
+    for _ in range(10):
+        model = copy.deepcopy(example.quantized)
+        with ThreadPoolExecutor(4) as pool:
+            running = [pool.submit(model, *inputs) for _ in range(2)]
+            looking = [pool.submit(look, model) for _ in range(2)]
+        found = [leaves(future.result()) for future in running]
+        for future in looking:
+            *answers, state = future.result()
+            found += answers
+            assert state.keys() == expected_state.keys()
+            assert all(torch.equal(state[key], value) for key, value in expected_state.items())
+        for answer in found:
+            assert all(torch.equal(a, b) for a, b in zip(answer, expected, strict=True))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +25,35 @@ from tests.ops.test_decoder import DTYPES, Decoder, isa, threads
 __all__ = ["isa", "threads"]  # fixtures
 
 EPS = (1e-5, 1e-6)
+
+# Whether a forked process can take and give back the lock around held layers while other threads do nothing else.
+FORKING = """
+import ctypes, os, signal, sys, threading
+from mono_quant.ops import native
+
+release = ctypes.CDLL(str(native.LIBRARY)).mono_quant_release_decoder_layers
+release.argtypes = [ctypes.c_int64]
+sys.setswitchinterval(1e-5)
+stopped = threading.Event()
+
+def keep_releasing():
+    while not stopped.is_set():
+        release(-1)
+
+threads = [threading.Thread(target=keep_releasing) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(50):
+    process = os.fork()
+    if process == 0:
+        signal.alarm(5)
+        release(-1)
+        os._exit(0)
+    if os.waitpid(process, 0)[1] != 0:
+        stopped.set()
+        raise SystemExit("a child never got the lock")
+stopped.set()
+"""
 
 
 def layers(count: int = 3, **options: Any) -> list[Decoder]:
@@ -202,3 +234,10 @@ def test_the_specification_calls_one_layer_after_the_other() -> None:
         static = sequence.static(None, True, number, 0)
     assert same([found[0], *found[1], *found[2]], [wanted[0], *wanted[1], *wanted[2]])
     assert same(static, [wanted[0], *wanted[1], *wanted[2]])
+
+
+@pytest.mark.skipif(not native.is_loaded() or not hasattr(os, "fork"), reason="no native library, or no forks")
+def test_a_process_forked_while_layers_are_released_can_release_them() -> None:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

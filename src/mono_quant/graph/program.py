@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, Final, Self
 
 import torch
@@ -16,6 +15,7 @@ from mono_quant.graph.fused import FusedRun, fuse_steps
 from mono_quant.graph.layers import KINDS, Layer
 from mono_quant.graph.layers.checks import require_sound
 from mono_quant.graph.layers.layer import build_layer
+from mono_quant.locks import ForkSafeLock
 from mono_quant.ops import get_backend
 
 FORMAT_VERSION: Final = 1
@@ -26,7 +26,7 @@ _REMEMBERED: Final = 64
 # Shape, dtype and strides of each input of a fused run.
 _Signature = tuple[tuple[torch.Size, torch.dtype, tuple[int, ...]], ...]
 
-_lock = Lock()
+_lock = ForkSafeLock()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mono_quant.core.layer_scheme import INT8_DYNAMIC, WEIGHT_ONLY, LayerScheme
 from mono_quant.errors import CheckpointError, ConfigurationError, InputError
 from mono_quant.integrations.conv1d import QuantizedConv1D
+from mono_quant.locks import ForkSafeLock
 from mono_quant.modules import QuantizedEmbedding, QuantizedLinear, QuantizedModule, WeightOnlyLinear
 
 _CONFIG: Final = "config.json"
 _PRETRAINED: Final = "transformers.modeling_utils.PreTrainedModel"
 # While transformers loads a model it changes global state, such as torch's initialisers.
-_loading = threading.Lock()
+_loading = ForkSafeLock()
 
 
 def is_transformers_directory(path: str | Path) -> bool:

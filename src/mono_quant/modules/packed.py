@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.context import get_spawning_popen
-from threading import Lock
 from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
 
+from mono_quant.locks import ForkSafeLock
 from mono_quant.modules.base import QuantizedModule, ordinary_tensors
 from mono_quant.ops import get_backend
 
 _PACKED: Final = ("packed_weight", "column_sum")
 
 # One lock for all layers: packing happens once for each, and a lock of its own would keep a layer from being pickled.
-_lock = Lock()
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    # A thread that packs while the process forks does not exist in the child, where nobody would release its lock.
-    os.register_at_fork(after_in_child=_renew_lock)
+_lock = ForkSafeLock()
 
 
 class PackedWeight(QuantizedModule):

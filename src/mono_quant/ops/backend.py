@@ -6,12 +6,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import RLock
 from typing import Any
 
 from torch.library import Library
 
 from mono_quant.errors import BackendError
+from mono_quant.locks import ForkSafeLock
 from mono_quant.ops import native, torch_cpu
 from mono_quant.ops.library import NAMESPACE, REFERENCE
 
@@ -26,7 +26,7 @@ _TORCH: dict[str, Callable[..., Any]] = REFERENCE | {
     "conv_dynamic": torch_cpu.conv_dynamic,
 }
 
-_lock = RLock()
+_lock = ForkSafeLock()
 _override: Library | None = None
 _current = "reference"
 

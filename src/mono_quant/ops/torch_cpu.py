@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
-from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mono_quant.core.mappers import SMALLEST_SCALE
 from mono_quant.core.packing import unpack_tiles
 from mono_quant.core.quantized_tensor import row_chunks
+from mono_quant.locks import ForkSafeLock
 from mono_quant.ops import reference
 
 # 255 * 255 * K (a weight less its zero point spans 255 too) must stay below 2**31; the sum is split beyond.
@@ -59,7 +59,7 @@ class _DerivedTensors:
     def __init__(self, compute: Callable[..., Tensor]) -> None:
         self._compute = compute
         self._entries = WeakTensorKeyDictionary()
-        self._lock = Lock()
+        self._lock = ForkSafeLock()
 
     def get(self, weight: Tensor, *details: object, hint: tuple[object, ...] = ()) -> Tensor:
         """Answer the tensor for ``weight`` and ``details``. ``hint`` goes to its making, but one serves all hints."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from threading import Lock
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from mono_quant.graph.layers.layer import Layer
+from mono_quant.locks import ForkSafeLock
 from mono_quant.ops import get_backend
 from mono_quant.ops.torch_cpu import integer_products_are_exact
 
-_lock = Lock()
+_lock = ForkSafeLock()
 
 
 class PackedLayer(Layer):
@@ -21,6 +21,9 @@ class PackedLayer(Layer):
 
     While packed, the buffer ``packed_weight`` stands in the place of ``weight``. The state dict, a copy or another
     device sees the plain layout, rebuilt for the purpose.
+
+    The dict of buffers is replaced as a whole and never changed by packing, so that whoever iterates over it
+    meanwhile, in another thread, sees one layout.
     """
 
     weight_scale: Tensor
@@ -64,9 +67,9 @@ class PackedLayer(Layer):
             return packed
 
     def _hold(self, packed: Tensor) -> None:
-        self._non_persistent_buffers_set.add("packed_weight")
-        self._buffers["packed_weight"] = packed
-        del self._buffers["weight"]
+        others = {name: tensor for name, tensor in self._buffers.items() if name != "weight"}
+        self._non_persistent_buffers_set = self._non_persistent_buffers_set.union({"packed_weight"})
+        self._buffers = {**others, "packed_weight": packed}
 
     def _untile(self, tiles: Tensor) -> Tensor:
         """Answer the plain layout of what :meth:`adopt_tiles` took."""
@@ -84,18 +87,24 @@ class PackedLayer(Layer):
             self._hold(tiles)
             self._retire = retire
 
-    def _plain(self, packed: Tensor) -> Tensor:
-        return self._unpack(packed) if packed.is_mkldnn else self._untile(packed)
+    def _plain(self, buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Answer ``buffers``, of whatever layout, in the plain one."""
+        others = {name: tensor for name, tensor in buffers.items() if name not in ("weight", "packed_weight")}
+        return {"weight": self._plain_weight(buffers), **others}
+
+    def _plain_weight(self, buffers: Mapping[str, Tensor | None]) -> Tensor:
+        packed = buffers.get("packed_weight")
+        if packed is not None:
+            return self._unpack(packed) if packed.is_mkldnn else self._untile(packed)
+        codes = buffers["weight"]
+        assert codes is not None
+        return codes
 
     def unpack(self) -> None:
         """Go back to the plain layout; the next run packs again."""
         with _lock:
-            packed = self._buffers.get("packed_weight")
-            if packed is not None:
-                plain = self._plain(packed)
-                others = {name: t for name, t in self._buffers.items() if name != "packed_weight"}
-                self._buffers.clear()
-                self._buffers.update({"weight": plain, **others})
+            if "packed_weight" in self._buffers:
+                self._buffers = self._plain(self._buffers)
             if self._retire is not None:
                 self._retire()
                 self._retire = None
@@ -103,12 +112,7 @@ class PackedLayer(Layer):
     @property
     def codes(self) -> Tensor:
         """The weight's int8 codes, output channels first."""
-        packed = self._buffers.get("packed_weight")
-        if packed is not None:
-            return self._plain(packed)
-        codes = self._buffers["weight"]
-        assert codes is not None
-        return codes
+        return self._plain_weight(self._buffers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.unpack()
@@ -123,9 +127,10 @@ class PackedLayer(Layer):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if "packed_weight" in self._buffers:
-            destination[prefix + "weight"] = self.codes
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with _lock:  # or the layer could move between the two
+            if "packed_weight" in self._buffers:
+                destination[prefix + "weight"] = self.codes
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         self.unpack()
@@ -134,9 +139,8 @@ class PackedLayer(Layer):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.pop("_retire", None)
-        if "packed_weight" in self._buffers:
-            others = {name: t for name, t in self._buffers.items() if name != "packed_weight"}
-            state["_buffers"] = {"weight": self.codes, **others}
+        if "packed_weight" in state["_buffers"]:
+            state["_buffers"] = self._plain(state["_buffers"])
         return state
 
 
