@@ -2,13 +2,10 @@
 //
 // Each thread takes groups of samples through all steps by itself, so that what a step answers is still in the cache when
 // the next one reads it, and memory for activations does not grow with the batch. The samples that are left (all of them
-// in a batch smaller than the number of threads) are shared: threads take pieces of a step from a counter and wait for
-// each other between steps by spinning, which costs well under a microsecond where a parallel region costs 5 to 13. A
-// thread that comes late, or a task that runs after the others, finds nothing left to do: no number of threads is relied
-// on.
+// in a batch smaller than the number of threads) are shared: threads take pieces of a step from a counter and meet between
+// steps. A thread that comes late, or a task that runs after the others, finds nothing left to do: no number of threads is
+// relied on.
 #pragma once
-
-#include <sched.h>
 
 #include <atomic>
 #include <memory>
@@ -17,6 +14,7 @@
 #include "code_program.h"
 #include "isa.h"
 #include "kept_memory.h"
+#include "meetings.h"
 #include "parallel.h"
 
 namespace mono_quant {
@@ -106,7 +104,7 @@ class Run {
 
   // Answers whether a value to be quantized was NaN.
   bool run() {
-    counters_ = std::make_unique<Counter[]>(stages_.size());
+    meeting_ = std::make_unique<Meetings>((int64_t)stages_.size());
     std::atomic<int64_t> next_group{0}, next_area{0};
     run_tasks(threads_, [&](int64_t) {
       Group group = {0, group_, nullptr};
@@ -117,7 +115,7 @@ class Run {
         for (const Stage& stage : stages_) run_alone(stage, group);
       }
       group = {alone_ * group_, shared_, area(smaller(alone_, threads_))};
-      for (size_t i = 0; shared_ > 0 && i < stages_.size(); ++i) run_shared(stages_[i], counters_[i], group);
+      for (size_t i = 0; shared_ > 0 && i < stages_.size(); ++i) run_shared((int64_t)i, group);
     });
     return nan_.load();
   }
@@ -129,10 +127,6 @@ class Run {
   struct Group {
     int64_t first, samples;
     char* memory;
-  };
-
-  struct alignas(128) Counter {
-    std::atomic<int64_t> next{0}, done{0};
   };
 
   double add_stage(const CodeStep& step) {
@@ -187,22 +181,15 @@ class Run {
     piece(stage, group, 0, lines_of(stage, group), 0, columns_of(stage));
   }
 
-  // Takes pieces until none is left, then waits until all are done.
-  void run_shared(const Stage& stage, Counter& counter, const Group& group) {
+  void run_shared(int64_t number, const Group& group) {
+    const Stage& stage = stages_[(size_t)number];
     const int64_t lines = lines_of(stage, group), columns = columns_of(stage);
     const int64_t row_parts = (lines + stage.rows - 1) / stage.rows;
-    const int64_t col_parts = (columns + stage.cols - 1) / stage.cols, pieces = row_parts * col_parts;
-    for (int64_t i; (i = counter.next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+    const int64_t col_parts = (columns + stage.cols - 1) / stage.cols;
+    meeting_->share(number, row_parts * col_parts, [&](int64_t i) {
       const int64_t row = i / col_parts * stage.rows, col = i % col_parts * stage.cols;
       piece(stage, group, row, smaller(lines, row + stage.rows), col, smaller(columns, col + stage.cols));
-      counter.done.fetch_add(1, std::memory_order_release);
-    }
-    for (int64_t spins = 0; counter.done.load(std::memory_order_acquire) < pieces; ++spins) {
-      if (spins > 4096) sched_yield();
-#if defined(__x86_64__)
-      else __builtin_ia32_pause();
-#endif
-    }
+    });
   }
 
   void piece(const Stage& stage, const Group& group, int64_t row, int64_t row_end, int64_t col, int64_t col_end) {
@@ -289,7 +276,7 @@ class Run {
   int64_t area_ = 0;  // bytes for the activations of a group
   std::vector<Stage> stages_;
   std::unique_ptr<KeptMemory> kept_;
-  std::unique_ptr<Counter[]> counters_;
+  std::unique_ptr<Meetings> meeting_;
   std::atomic<bool> nan_{false};
 };
 

@@ -7,6 +7,8 @@
 namespace mono_quant {
 
 constexpr int64_t kDecoderLinears = 7, kDecoderNorms = 2;
+// Far beyond what any memory holds, and small enough that sizes made of them do not overflow.
+constexpr int64_t kMostHeads = 1 << 24;
 constexpr int64_t kDecoderTensors = kDecoderLinears * kTensorsEach + kDecoderNorms;
 
 // Sizes and numbers that all layers of a decoder share.
@@ -16,40 +18,33 @@ struct DecoderShape {
   Activation activation;
 };
 
-// The weights of norms as float32, where they are not so already, and the angles of a call.
-struct DecoderFloats {
-  std::vector<float> norms, cosine, sine;
-  DecoderFloats(int64_t layers, const DecoderShape& shape)
-      : norms(shape.dtype == kFloat32 ? 0 : (size_t)(layers * kDecoderNorms * shape.width)) {}
-};
-
 inline void check_heads(const DecoderShape& s) {
   check(s.width > 0 && s.key_heads > 0 && s.depth > 0 && s.depth % 2 == 0, "the heads have no even depth");
   check(s.heads > 0 && s.heads % s.key_heads == 0, "the heads are not a multiple of the heads of keys");
+  check(s.heads <= kMostHeads && s.depth <= kMostHeads, "there are too many heads, or they are too deep");
 }
 
-// The weights of the norms of layer `i`, as they are now.
-inline void take_norms(const Tensor* norms, int64_t i, const DecoderShape& shape, DecoderFloats* floats,
-                       DecoderLayer* layer) {
-  const int64_t at = i * kDecoderNorms * shape.width;
+// The weights of the norms of a layer, as they are now.
+inline void take_norms(const Tensor* norms, const DecoderShape& shape, Floats* floats, DecoderLayer* layer) {
   const int32_t dtype = shape.dtype == kFloat32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
   const float** const to[kDecoderNorms] = {&layer->attention_norm, &layer->output_norm};
   for (int64_t n = 0; n < kDecoderNorms; ++n) {
     const void* data = norms[n].data_now(dtype, shape.width);
     if (!data) fail("a norm's weight does not fit the layers, or has been given data of another kind");
-    *to[n] = as_floats(data, shape.dtype, shape.width, floats->norms.data() + at + n * shape.width);
+    *to[n] = floats->of(data, shape.dtype, shape.width);
   }
 }
 
 // The kDecoderTensors of a layer, from `at` on, but for its norms.
-inline void take_weights(std::vector<Tensor>& weights, int64_t at, const DecoderShape& shape, DecoderLayer* layer) {
+inline void take_weights(std::vector<Tensor>& weights, int64_t at, const DecoderShape& shape, Floats* floats,
+                         DecoderLayer* layer) {
   const std::array<PackedLayer*, kDecoderLinears> layers = layer->linears();
   const int64_t queries = shape.heads * shape.depth, keys = shape.key_heads * shape.depth;
   for (int64_t i = 0; i < kDecoderLinears; ++i) {
     const int64_t inputs = i == 3 ? queries : i == 6 ? layer->up.outputs : shape.width;
     const int64_t first = at + i * kTensorsEach;
     const bool words = weights[(size_t)first].dtype() == aoti_torch_dtype_int32();
-    *layers[i] = (words ? take_words : take_layer)(weights, first, inputs, i == 4 ? shape.activation : kNone);
+    *layers[i] = (words ? take_words : take_layer)(weights, first, inputs, i == 4 ? shape.activation : kNone, floats);
     const int64_t outputs = i == 0 ? queries : i < 3 ? keys : i == 4 || i == 5 ? layers[4]->outputs : shape.width;
     check(layers[i]->outputs == outputs, "a layer of the decoder has another width");
     check(words || inputs <= kDeepestLayer, "a layer of the decoder is too deep for one call");
@@ -57,19 +52,18 @@ inline void take_weights(std::vector<Tensor>& weights, int64_t at, const Decoder
 }
 
 // Angles [samples or 1, length, depth].
-inline const float* take_angles(Tensor& t, const DecoderArgs& a, std::vector<float>* storage, int64_t* stride) {
+inline const float* take_angles(Tensor& t, const DecoderArgs& a, Floats* floats, int64_t* stride) {
   const bool fits = t.dim() == 3 && (t.size(0) == 1 || t.size(0) == a.samples) && t.size(1) == a.length &&
                     t.size(2) == a.depth;
   check(fits, "the angles must be [samples or 1, length, depth]");
   const DType dtype = layer_type(t, "the angles");
   t.make_contiguous();
   *stride = t.size(0) == 1 ? 0 : a.length * a.depth;
-  if (dtype != kFloat32) storage->resize((size_t)t.numel());
-  return as_floats(t.data<void>(), dtype, t.numel(), storage->data());
+  return floats->of(t.data<void>(), dtype, t.numel());
 }
 
 // What the layers have in common and the cache takes no part in.
-inline void take_inputs(Tensor& x, Tensor& cosine, Tensor& sine, const DecoderShape& shape, DecoderFloats* floats,
+inline void take_inputs(Tensor& x, Tensor& cosine, Tensor& sine, const DecoderShape& shape, Floats* floats,
                         DecoderArgs* a) {
   check(x.dim() == 3, "decoder layers take [samples, length, width]");
   check(layer_type(x, "the input of decoder layers") == shape.dtype, "the input and the norms have different dtypes");
@@ -84,8 +78,8 @@ inline void take_inputs(Tensor& x, Tensor& cosine, Tensor& sine, const DecoderSh
   a->key_heads = shape.key_heads;
   a->depth = shape.depth;
   int64_t sine_stride = 0;
-  a->cosine = take_angles(cosine, *a, &floats->cosine, &a->angle_stride);
-  a->sine = take_angles(sine, *a, &floats->sine, &sine_stride);
+  a->cosine = take_angles(cosine, *a, floats, &a->angle_stride);
+  a->sine = take_angles(sine, *a, floats, &sine_stride);
   check(sine_stride == a->angle_stride, "cosine and sine have different shapes");
 }
 
@@ -166,7 +160,7 @@ inline void take_static_cache(const Tensor& keys, const Tensor& values, const Te
   check(position.numel() == 1 && position.dtype() == aoti_torch_dtype_int64(), "the position must be one int64");
   const int64_t capacity = keys.size(2);
   layer->past = *position.data<int64_t>();
-  if (layer->past < 0 || layer->past + a.length > capacity) {
+  if (layer->past < 0 || layer->past > capacity - a.length) {
     fail("a cache for " + std::to_string(capacity) + " tokens got " + std::to_string(a.length) + " at position " +
          std::to_string(layer->past) + "; make it larger, or reset it");
   }

@@ -118,7 +118,8 @@ struct KernelTable {
   void (*unpack_weight)(const int8_t* packed, int64_t n, int64_t k, int64_t panel_begin, int64_t panel_end,
                         int8_t* weight);
 
-  // Rows [row_begin, row_end) and columns [col_begin, col_end) of the output; col_begin is a multiple of 64.
+  // Rows [row_begin, row_end) and columns [col_begin, col_end) of the output; col_begin is a multiple of 64, or with at
+  // most four rows of 32.
   // `scratch` is 64-byte aligned and holds linear_scratch_bytes(...) bytes.
   int64_t (*linear_scratch_bytes)(const LinearArgs& args, int64_t rows);
   void (*linear)(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
@@ -159,7 +160,7 @@ struct FloatLinearKernels {
               void* scratch);
 };
 
-// One per unit; null when the unit was not built for this architecture.
+// One per unit that is built for this architecture.
 extern const KernelTable kGenericKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvxVnniKernels;

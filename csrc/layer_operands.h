@@ -1,6 +1,7 @@
 // Operands of the operators that run whole layers of transformers.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "operands.h"
@@ -13,11 +14,31 @@ constexpr int64_t kTensorsEach = 5;
 // Sums of products of 8-bit codes fit 32 bits up to this many inputs.
 constexpr int64_t kDeepestLayer = 32768;
 
+// Values as float32, kept for a call where they are of another type.
+class Floats {
+ public:
+  const float* of(const void* data, DType dtype, int64_t count) {
+    if (dtype == kFloat32 || count == 0) return static_cast<const float*>(data);
+    kept_.emplace_back(new float[(size_t)count]);
+    kernels().widen(data, dtype, kept_.back().get(), count);
+    return kept_.back().get();
+  }
+
+ private:
+  std::vector<std::unique_ptr<float[]>> kept_;
+};
+
+inline int64_t tile_bytes(int64_t inputs, int64_t outputs) {
+  return round_up(outputs, 16) * round_up(inputs, kPanelDepth);
+}
+
 // What scales, bias and zero points (empty without) tell of a layer; they are the third and the following tensors.
-inline PackedLayer layer_of(Tensor* t, int64_t inputs, int64_t outputs, Activation activation) {
+inline PackedLayer layer_of(Tensor* t, int64_t inputs, int64_t outputs, Activation activation, Floats* floats) {
+  check(inputs > 0 && outputs > 0, "a layer has no inputs or no outputs");
+  expect(t[3], "bias", t[3].dtype(), outputs);
   PackedLayer layer = {};
   layer.weight_scale = t[2].data<float>();
-  layer.bias = t[3].data<float>();
+  layer.bias = floats->of(t[3].data<void>(), float_type(t[3].dtype(), "bias"), outputs);
   layer.weight_zero_point = t[4].numel() > 0 ? t[4].data<int8_t>() : nullptr;
   layer.inputs = inputs;
   layer.outputs = outputs;
@@ -26,24 +47,25 @@ inline PackedLayer layer_of(Tensor* t, int64_t inputs, int64_t outputs, Activati
 }
 
 // Tiles, column sums, scales, bias and zero points (empty without), from `at` on.
-inline PackedLayer take_layer(std::vector<Tensor>& tensors, int64_t at, int64_t inputs, Activation activation) {
+inline PackedLayer take_layer(std::vector<Tensor>& tensors, int64_t at, int64_t inputs, Activation activation,
+                              Floats* floats) {
   Tensor* t = &tensors[(size_t)at];
   const int64_t n = t[2].numel();
   expect(t[2], "weight_scale", aoti_torch_dtype_float32(), n);
   check(t[0].dim() == 5 && t[0].size(0) == (n + 15) / 16 && t[0].size(1) == (inputs + 63) / 64,
         "the packed weight does not fit the layer's sizes");
-  expect(t[0], "the packed weight", aoti_torch_dtype_int8(), t[0].size(0) * t[0].size(1) * 1024);
+  expect(t[0], "the packed weight", aoti_torch_dtype_int8(), tile_bytes(inputs, n));
   expect(t[1], "column_sum", aoti_torch_dtype_int32(), n);
-  expect(t[3], "bias", aoti_torch_dtype_float32(), n);
   expect(t[4], "weight_zero_point", aoti_torch_dtype_int8(), t[4].numel() > 0 ? n : 0);
-  PackedLayer layer = layer_of(t, inputs, n, activation);
+  PackedLayer layer = layer_of(t, inputs, n, activation, floats);
   layer.packed = t[0].data<int8_t>();
   layer.column_sum = t[1].data<int32_t>();
   return layer;
 }
 
 // Words of few-bit values, their bits (one number), scales [outputs, groups], bias and zero points (empty without).
-inline PackedLayer take_words(std::vector<Tensor>& tensors, int64_t at, int64_t inputs, Activation activation) {
+inline PackedLayer take_words(std::vector<Tensor>& tensors, int64_t at, int64_t inputs, Activation activation,
+                              Floats* floats) {
   Tensor* t = &tensors[(size_t)at];
   expect(t[1], "the number of bits", aoti_torch_dtype_int32(), 1);
   const int bits = *t[1].data<int32_t>();
@@ -53,9 +75,8 @@ inline PackedLayer take_words(std::vector<Tensor>& tensors, int64_t at, int64_t 
   check(groups > 0 && inputs % groups == 0, "the groups of a weight do not divide its inputs");
   expect(t[0], "weight_packed", aoti_torch_dtype_int32(), n * words);
   expect(t[2], "weight_scale", aoti_torch_dtype_float32(), n * groups);
-  expect(t[3], "bias", aoti_torch_dtype_float32(), n);
   expect(t[4], "weight_zero_point", aoti_torch_dtype_int8(), t[4].numel() > 0 ? n * groups : 0);
-  PackedLayer layer = layer_of(t, inputs, n, activation);
+  PackedLayer layer = layer_of(t, inputs, n, activation, floats);
   layer.words = t[0].data<void>();
   layer.bits = bits;
   layer.row_bytes = words * 4;
@@ -68,13 +89,6 @@ inline DType layer_type(const Tensor& t, const char* what) {
   const DType dtype = float_type(t.dtype(), what);
   if (dtype == kFloat16) fail(std::string(what) + " must be float32 or bfloat16");
   return dtype;
-}
-
-// `count` elements as float32; `storage`, which has room for them, is used where they are of another type.
-inline const float* as_floats(const void* data, DType dtype, int64_t count, float* storage) {
-  if (dtype == kFloat32 || count == 0) return static_cast<const float*>(data);
-  kernels().widen(data, dtype, storage, count);
-  return storage;
 }
 
 // The elements of a mask as what they add to scores.

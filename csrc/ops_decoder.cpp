@@ -1,7 +1,5 @@
 // decoder_layer, decoder_layer_static_cache: one layer of a decoder of the Llama family in one call, with a cache that
 // grows from call to call or one that has room for all tokens from the start.
-#include <optional>
-
 #include "decoder_operands.h"
 
 namespace mono_quant {
@@ -11,7 +9,7 @@ namespace {
 struct Call {
   Tensor x, keys, values, cosine, sine, mask;
   std::vector<Tensor> weights;
-  std::optional<DecoderFloats> floats;
+  Floats floats;
   DecoderArgs a = {};
   std::vector<DecoderLayer> layers = std::vector<DecoderLayer>(1);
 };
@@ -41,12 +39,11 @@ void take_operands(StableIValue* stack, StableIValue* rest, Call* c) {
   shape.key_heads = c->keys.size(1);
   shape.depth = c->keys.size(3);
   check_heads(shape);
-  c->floats.emplace(1, shape);
-  take_inputs(c->x, c->cosine, c->sine, shape, &*c->floats, &c->a);
-  take_weights(c->weights, 0, shape, &c->layers[0]);
+  take_inputs(c->x, c->cosine, c->sine, shape, &c->floats, &c->a);
+  take_weights(c->weights, 0, shape, &c->floats, &c->layers[0]);
   Tensor* const norms = &c->weights[kDecoderLinears * kTensorsEach];
   for (int64_t n = 0; n < kDecoderNorms; ++n) norms[n].make_contiguous();
-  take_norms(norms, 0, shape, &*c->floats, &c->layers[0]);
+  take_norms(norms, shape, &c->floats, &c->layers[0]);
 }
 
 // ---- decoder_layer(Tensor x, Tensor past_keys, Tensor past_values, Tensor cosine, Tensor sine, Tensor? mask,

@@ -5,7 +5,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <optional>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -64,23 +63,40 @@ class HeldDecoders {
   int64_t next_ = 0;
 };
 
-const float* floats_now(const Tensor& held, int64_t numel) {
-  const void* data = held.data_now(aoti_torch_dtype_float32(), numel);
-  if (!data && numel > 0) fail("a tensor of a decoder layer has been given data of another kind");
-  return static_cast<const float*>(data);
+template <typename T>
+const T* elements_now(const Tensor& held, int32_t dtype, int64_t numel) {
+  const void* data = held.data_now(dtype, numel);
+  if (!data) fail("a tensor of a decoder layer has been given data of another kind");
+  return static_cast<const T*>(data);
 }
 
-std::vector<DecoderLayer> current_layers(const HeldDecoder& held, DecoderFloats* floats) {
+// Where the tensors of a linear layer lie now: their data may have been exchanged or moved, into shared memory say.
+void look_again(const Tensor* t, Floats* floats, PackedLayer* layer) {
+  const int64_t n = layer->outputs, scales = n * layer->groups();
+  if (layer->packed) {
+    layer->packed = elements_now<int8_t>(t[0], aoti_torch_dtype_int8(), tile_bytes(layer->inputs, n));
+    layer->column_sum = elements_now<int32_t>(t[1], aoti_torch_dtype_int32(), n);
+  } else {
+    layer->words = elements_now<void>(t[0], aoti_torch_dtype_int32(), n * layer->row_bytes / 4);
+  }
+  layer->weight_scale = elements_now<float>(t[2], aoti_torch_dtype_float32(), scales);
+  const int32_t bias = t[3].dtype_now();
+  layer->bias = floats->of(elements_now<void>(t[3], bias, n), float_type(bias, "the bias of a decoder layer"), n);
+  if (layer->weight_zero_point) {
+    layer->weight_zero_point = elements_now<int8_t>(t[4], aoti_torch_dtype_int8(), scales);
+  }
+}
+
+std::vector<DecoderLayer> current_layers(const HeldDecoder& held, Floats* floats) {
   std::vector<DecoderLayer> layers = held.layers;
   const Tensor* t = held.weights.data();
   for (size_t i = 0; i < layers.size(); ++i) {
     DecoderLayer& layer = layers[i];
     for (PackedLayer* linear : layer.linears()) {
-      linear->weight_scale = floats_now(t[2], linear->outputs * linear->groups());
-      linear->bias = floats_now(t[3], linear->outputs);
+      look_again(t, floats, linear);
       t += kTensorsEach;
     }
-    take_norms(t, (int64_t)i, held.shape, floats, &layer);
+    take_norms(t, held.shape, floats, &layer);
     t += kDecoderNorms;
   }
   return layers;
@@ -109,9 +125,9 @@ void hold_decoder_layers(StableIValue* stack, uint64_t, uint64_t) {
   held->layers.resize((size_t)count);
   for (int64_t i = 0; i < count; ++i) {
     DecoderLayer& layer = held->layers[(size_t)i];
-    take_weights(held->weights, i * kDecoderTensors, held->shape, &layer);
-    DecoderFloats floats(1, held->shape);  // as a call will have them; here it is tried
-    take_norms(&held->weights[(size_t)((i + 1) * kDecoderTensors - kDecoderNorms)], 0, held->shape, &floats, &layer);
+    Floats floats;  // as a call will have them; here it is tried
+    take_weights(held->weights, i * kDecoderTensors, held->shape, &floats, &layer);
+    take_norms(&held->weights[(size_t)((i + 1) * kDecoderTensors - kDecoderNorms)], held->shape, &floats, &layer);
     layer.attention_eps = (float)eps[(size_t)(i * kDecoderNorms)];
     layer.output_eps = (float)eps[(size_t)(i * kDecoderNorms + 1)];
   }
@@ -123,7 +139,7 @@ struct Call {
   std::shared_ptr<const HeldDecoder> held;
   Tensor x, cosine, sine, mask;
   std::vector<Tensor> keys, values;
-  std::optional<DecoderFloats> floats;
+  Floats floats;
   DecoderArgs a = {};
   std::vector<DecoderLayer> layers;
 };
@@ -139,11 +155,10 @@ void take_operands(StableIValue* stack, StableIValue* rest, Call* c) {
   c->a.causal = take_bool(rest[3]);
   c->held = HeldDecoders::all().get(take_int(stack[0]));
   c->a.scale = c->held->scale;
-  c->floats.emplace((int64_t)c->held->layers.size(), c->held->shape);
-  c->layers = current_layers(*c->held, &*c->floats);
+  c->layers = current_layers(*c->held, &c->floats);
   check(c->keys.size() == c->layers.size() && c->values.size() == c->layers.size(),
         "there must be keys and values for each layer");
-  take_inputs(c->x, c->cosine, c->sine, c->held->shape, &*c->floats, &c->a);
+  take_inputs(c->x, c->cosine, c->sine, c->held->shape, &c->floats, &c->a);
 }
 
 // ---- decoder_layers(int held, Tensor x, Tensor[] past_keys, Tensor[] past_values, Tensor cosine, Tensor sine,

@@ -7,14 +7,13 @@ namespace {
 
 constexpr int64_t kLinears = 6, kNormTensors = 4;
 
-// Weight and bias, as float32 in `storage` where they are of another type.
-EncoderNorm take_norm(std::vector<Tensor>& tensors, int64_t at, int64_t width, double eps, float* storage) {
+// Weight and bias.
+EncoderNorm take_norm(std::vector<Tensor>& tensors, int64_t at, int64_t width, double eps, Floats* floats) {
   Tensor &weight = tensors[(size_t)at], &bias = tensors[(size_t)at + 1];
   const DType dtype = layer_type(weight, "the norm's weight");
   expect(weight, "the norm's weight", weight.dtype(), width);
   expect(bias, "the norm's bias", weight.dtype(), width);
-  return {as_floats(weight.data<void>(), dtype, width, storage),
-          as_floats(bias.data<void>(), dtype, width, storage + width), (float)eps};
+  return {floats->of(weight.data<void>(), dtype, width), floats->of(bias.data<void>(), dtype, width), (float)eps};
 }
 
 // ---- encoder_layer(Tensor x, Tensor? mask, Tensor[] weights, int heads, float scale, float attention_eps,
@@ -37,17 +36,17 @@ void encoder_layer(StableIValue* stack, uint64_t, uint64_t) {
   a.heads = heads;
   check(heads > 0 && a.width > 0 && a.width % heads == 0, "the width is not a multiple of the number of heads");
   a.scale = (float)scale;
+  Floats floats;
   PackedLayer* const layers[] = {&a.query, &a.key, &a.value, &a.output, &a.up, &a.down};
   for (int64_t i = 0; i < kLinears; ++i) {
     const int64_t inputs = i == 5 ? a.up.outputs : a.width;
-    *layers[i] = take_layer(weights, i * kTensorsEach, inputs, i == 4 ? activation : kNone);
+    *layers[i] = take_layer(weights, i * kTensorsEach, inputs, i == 4 ? activation : kNone, &floats);
     check(i == 4 || layers[i]->outputs == a.width, "a layer of the encoder has another width");
     check(inputs <= kDeepestLayer, "a layer of the encoder is too deep for one call");
   }
-  std::vector<float> norms((size_t)(kNormTensors * a.width));
   const int64_t first = kLinears * kTensorsEach;
-  a.attention_norm = take_norm(weights, first, a.width, attention_eps, norms.data());
-  a.output_norm = take_norm(weights, first + 2, a.width, output_eps, norms.data() + 2 * a.width);
+  a.attention_norm = take_norm(weights, first, a.width, attention_eps, &floats);
+  a.output_norm = take_norm(weights, first + 2, a.width, output_eps, &floats);
   std::vector<float> mask_values;
   if (mask) {
     mask_values = additive_mask(mask, a.samples, a.length, a.length, a.length, &a.mask_rows);

@@ -2,15 +2,11 @@
 // divided into pieces, and threads that meet between steps.
 #pragma once
 
-#include <sched.h>
-
 #include <string.h>
-
-#include <atomic>
-#include <memory>
 
 #include "isa.h"
 #include "kept_memory.h"
+#include "meetings.h"
 #include "parallel.h"
 
 namespace mono_quant {
@@ -158,35 +154,6 @@ class Division {
 
  private:
   int64_t rows_, columns_, row_step_, col_step_, across_;
-};
-
-// Threads that take pieces of one step after the other and wait for each other in between by spinning, which costs well
-// under a microsecond where a parallel region costs 5 to 13.
-class Meetings {
- public:
-  explicit Meetings(int count) : counters_(std::make_unique<Counter[]>((size_t)count)) {}
-
-  // Runs task(i) for what is left of [0, pieces), and waits until all are done.
-  template <class Task>
-  void share(int meeting, int64_t pieces, const Task& task) {
-    Counter& counter = counters_[(size_t)meeting];
-    for (int64_t i; (i = counter.next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
-      task(i);
-      counter.done.fetch_add(1, std::memory_order_release);
-    }
-    for (int64_t spins = 0; counter.done.load(std::memory_order_acquire) < pieces; ++spins) {
-      if (spins > 4096) sched_yield();
-#if defined(__x86_64__)
-      else __builtin_ia32_pause();
-#endif
-    }
-  }
-
- private:
-  struct alignas(128) Counter {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  std::unique_ptr<Counter[]> counters_;
 };
 
 }  // namespace mono_quant

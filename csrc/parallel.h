@@ -9,6 +9,7 @@
 #include <new>
 
 #include "kernels.h"
+#include "meetings.h"
 
 namespace mono_quant {
 
@@ -24,18 +25,27 @@ inline int64_t worthwhile_threads(double microseconds) {
   return smaller(thread_count(), (int64_t)(microseconds / 10));
 }
 
-// Calls task(i) for i in [0, count) on torch's own threads; nested calls stay on their thread.
+// Calls task(i) for i in [0, count) on torch's own threads; nested calls stay on their thread. Throws what a task threw.
 template <class Task>
 void run_tasks(int64_t count, const Task& task) {
   if (count <= 1) {
     if (count == 1) task(0);
     return;
   }
+  struct Shared {
+    const Task& task;
+    Failure failure;  // torch would only say that there was one
+  } shared{task, {}};
   auto range = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t i = begin; i < end; ++i) (*static_cast<const Task*>(context))(i);
+    Shared& shared = *static_cast<Shared*>(context);
+    try {
+      for (int64_t i = begin; i < end; ++i) shared.task(i);
+    } catch (...) {
+      shared.failure.note(std::current_exception());
+    }
   };
-  TORCH_ERROR_CODE_CHECK(
-      torch_parallel_for(0, count, 1, range, const_cast<void*>(static_cast<const void*>(&task))));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, range, &shared));
+  shared.failure.rethrow();
 }
 
 // Scratch memory of the calling thread, 64-byte aligned; kept for the next call unless it is large.

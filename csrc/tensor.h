@@ -93,18 +93,23 @@ class Tensor {
   }
 
   // The elements as they are now, for a tensor that is held from call to call: it may have been given other data since.
-  // Null where these are no longer `numel` of `dtype` in a row.
+  // Null where these are no longer `numel` of `dtype` in a row on the CPU.
   const void* data_now(int32_t dtype, int64_t numel) const {
-    int32_t dtype_now = 0;
+    int32_t device = 0;
     int64_t numel_now = 0;
     bool contiguous = false;
     const void* p = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype_now));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &device));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle_, &numel_now));
     TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &contiguous));
-    if (dtype_now != dtype || numel_now != numel || !contiguous) return nullptr;
-    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &p));
+    const bool same = device == aoti_torch_device_type_cpu() && dtype_now() == dtype && numel_now == numel && contiguous;
+    if (same) TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &p));
     return p;
+  }
+  int32_t dtype_now() const {
+    int32_t dtype = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
+    return dtype;
   }
 
   // This tensor, or a contiguous copy in its place.

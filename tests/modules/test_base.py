@@ -192,6 +192,20 @@ def test_a_float_weight_cannot_be_assigned(case: Case, scheme: LayerScheme) -> N
 
 
 @every_case
+def test_codes_can_be_assigned_before_and_after_it_ran(case: Case) -> None:
+    layer, x = case.quantized(SYMMETRIC), case.inputs(2)
+    for divisor in (2, 3):
+        codes = torch.div(layer.codes, divisor, rounding_mode="trunc")
+        layer.weight = codes
+        assert torch.equal(layer.codes, codes)
+        twin = copy.deepcopy(layer)
+        assert torch.equal(layer(x), twin(x))
+    with pytest.raises(InputTypeError, match="cannot be set"):
+        layer.weight = layer.codes[:1]
+    assert torch.equal(layer(x), twin(x))
+
+
+@every_case
 def test_training_mode_is_kept(case: Case) -> None:
     assert quantize(case.make().eval(), SYMMETRIC).training is False
     assert quantize(case.make().train(), SYMMETRIC).training is True

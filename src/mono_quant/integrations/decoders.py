@@ -7,9 +7,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from mono_quant.integrations.whole_layers import why_not_whole
+from mono_quant.integrations.whole_layers import attention_settings, why_not_whole
 from mono_quant.modules.decoder_layer import DecoderLayout
 from mono_quant.modules.fused_layer import register_layout
+from mono_quant.modules.layer_operands import Setting
 from mono_quant.modules.layer_stack import StackLayout, register_stack
 
 _CACHES: Final = "transformers.cache_utils"
@@ -86,6 +87,11 @@ def _refuse(layer: nn.Module) -> str | None:
     return why_not_whole(layer.get_submodule("self_attn"))
 
 
+def _settings(layer: nn.Module) -> list[Setting]:
+    attention = layer.get_submodule("self_attn")
+    return [(attention.__dict__, "is_causal"), *attention_settings(attention)]
+
+
 def _layout(norm_class: str) -> DecoderLayout:
     return DecoderLayout(
         query="self_attn.q_proj",
@@ -103,6 +109,7 @@ def _layout(norm_class: str) -> DecoderLayout:
         scale="self_attn.scaling",
         layer_index="self_attn.layer_idx",
         refuse=_refuse,
+        refuse_settings=_settings,
         growing_layer=dynamic_layer,
         static_layer=static_layer,
     )

@@ -6,9 +6,10 @@ from typing import Final
 
 from torch import nn
 
-from mono_quant.integrations.whole_layers import why_not_whole
+from mono_quant.integrations.whole_layers import attention_settings, why_not_whole
 from mono_quant.modules.encoder_layer import EncoderLayout
 from mono_quant.modules.fused_layer import register_layout
+from mono_quant.modules.layer_operands import Setting
 
 
 def _refuse_bert(layer: nn.Module) -> str | None:
@@ -19,10 +20,20 @@ def _refuse_bert(layer: nn.Module) -> str | None:
     return why_not_whole(layer.get_submodule("attention.self"))
 
 
+def _bert_settings(layer: nn.Module) -> list[Setting]:
+    own = ("is_decoder", "add_cross_attention", "chunk_size_feed_forward")
+    return [*((layer.__dict__, name) for name in own), *attention_settings(layer.get_submodule("attention.self"))]
+
+
 def _refuse_distilbert(layer: nn.Module) -> str | None:
     if getattr(layer.ffn, "chunk_size_feed_forward", 0):
         return "its feed-forward part works in chunks"
     return why_not_whole(layer.get_submodule("attention"))
+
+
+def _distilbert_settings(layer: nn.Module) -> list[Setting]:
+    ffn, attention = (layer.get_submodule(name) for name in ("ffn", "attention"))
+    return [(ffn.__dict__, "chunk_size_feed_forward"), *attention_settings(attention)]
 
 
 #: BERT and the models whose layers are its layers under another name.
@@ -39,6 +50,7 @@ _BERT: Final = EncoderLayout(
     heads="attention.self.num_attention_heads",
     scale="attention.self.scaling",
     refuse=_refuse_bert,
+    refuse_settings=_bert_settings,
 )
 _DISTILBERT: Final = EncoderLayout(
     query="attention.q_lin",
@@ -53,6 +65,7 @@ _DISTILBERT: Final = EncoderLayout(
     heads="attention.n_heads",
     scale="attention.scaling",
     refuse=_refuse_distilbert,
+    refuse_settings=_distilbert_settings,
 )
 
 register_layout("transformers.models.bert.modeling_bert.BertLayer", _BERT)

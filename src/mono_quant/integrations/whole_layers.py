@@ -9,6 +9,7 @@ from typing import Any, Final
 from torch import nn
 
 from mono_quant.modules.fused_layer import register_idle_hooks
+from mono_quant.modules.layer_operands import Setting
 
 # The release since which layers answer hidden states alone, and attention is a function that the configuration names.
 _FIRST: Final = 5
@@ -28,6 +29,16 @@ def why_not_whole(attention: nn.Module) -> str | None:
         return f"it is a layer of transformers {version}, expected {_FIRST}.0 or newer"
     found = getattr(getattr(attention, "config", None), "_attn_implementation", None)
     return None if found in _ATTENTION else f"its attention is {found!r}, expected 'sdpa' or 'eager'"
+
+
+def attention_settings(attention: nn.Module) -> list[Setting]:
+    """Answer where :func:`why_not_whole` looks."""
+    config = getattr(attention, "config", None)
+    found: list[Setting] = [(attention.__dict__, "config")]
+    if config is not None:
+        # What the property ``_attn_implementation`` answers.
+        found.append((config.__dict__, "_attn_implementation_internal"))
+    return found
 
 
 def _captures_nothing(hook: Callable[..., Any], whole: bool) -> bool:

@@ -57,15 +57,23 @@ class QuantizedModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and isinstance(value, Tensor):
-            stored = storage_dtype(self.scheme)
-            # nn.Module would put floats where the codes are, or drop the codes for a parameter, without a word.
-            if isinstance(value, nn.Parameter) or value.dtype != stored:
-                raise InputTypeError(
-                    f"the weight of a {type(self).__name__} is stored as {stored} and cannot be set to a "
-                    f"{type(value).__name__} of {value.dtype}",
-                    suggestion="Change the float layer and quantize it again.",
-                )
-        super().__setattr__(name, value)
+            self._check_new_codes(value)
+            self.set_tensor("weight", value)
+        else:
+            super().__setattr__(name, value)
+
+    def _check_new_codes(self, value: Tensor) -> None:
+        """Raise unless ``value`` can stand in the place of the stored weight.
+
+        nn.Module would put floats where the codes are, or drop the codes for a parameter, without a word.
+        """
+        stored, shape = storage_dtype(self.scheme), tuple(self.codes.shape)
+        if isinstance(value, nn.Parameter) or value.dtype != stored or tuple(value.shape) != shape:
+            raise InputTypeError(
+                f"the weight of a {type(self).__name__} is stored as {stored} of shape {shape} and cannot be set to a "
+                f"{type(value).__name__} of {value.dtype} and shape {tuple(value.shape)}",
+                suggestion="Change the float layer and quantize it again.",
+            )
 
     def set_tensor(self, name: str, tensor: Tensor | None) -> None:
         """Store a buffer, or the absence of one as a plain ``None``.

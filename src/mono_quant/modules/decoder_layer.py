@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.modules.compiled_layer import HeldCache
-from mono_quant.modules.encoder_layer import attribute
+from mono_quant.modules.encoder_layer import attribute, setting
 from mono_quant.modules.fused_layer import FLOATS, FusedLayer, LayerLayout, gate_activation
-from mono_quant.modules.layer_operands import Operands
+from mono_quant.modules.layer_operands import Operands, Setting
 
 # What a decoder layer is called with, and what does not change its answer.
 _KNOWN: Final = frozenset(
@@ -39,6 +39,7 @@ class DecoderLayout(LayerLayout):
         scale: The attribute that holds what scores are multiplied with.
         layer_index: The attribute that holds the layer's place in the cache.
         refuse: Answers why a layer of this class computes something else, or ``None``.
+        refuse_settings: Answers where ``refuse`` looks.
         growing_layer: From a cache, the layer's place in it and a dtype, answers the object whose ``keys`` and
             ``values`` grow; ``None`` for a cache that works in another way; what it holds, where that is not of this
             dtype on the CPU.
@@ -62,6 +63,7 @@ class DecoderLayout(LayerLayout):
     scale: str
     layer_index: str
     refuse: Callable[[nn.Module], str | None]
+    refuse_settings: Callable[[nn.Module], Sequence[Setting]]
     growing_layer: Callable[[Any, int, torch.dtype], Any]
     static_layer: Callable[[Any, int, int, Tensor], Any]
 
@@ -72,6 +74,10 @@ class DecoderLayout(LayerLayout):
     @property
     def norms(self) -> tuple[str, ...]:
         return self.attention_norm, self.output_norm
+
+    @property
+    def norm_parameters(self) -> tuple[str, ...]:
+        return ("weight",)
 
     @property
     def activated(self) -> tuple[str, str]:
@@ -98,6 +104,11 @@ class DecoderLayout(LayerLayout):
             "index": int(attribute(layer, self.layer_index)),
             "activation": gate_activation(layer, self),
         }
+
+    def settings(self, layer: nn.Module) -> Sequence[Setting]:
+        eps = [f"{norm}.{self.norm_class[1]}" for norm in self.norms]
+        names = [*eps, self.head_size, self.scale, self.layer_index]
+        return [*(setting(layer, name) for name in names), *self.refuse_settings(layer)]
 
     def no_keys(self, layer: nn.Module) -> Tensor:
         """Answer the layer's keys of no token, ``[1, key heads, 0, depth]`` in the dtype of its norms."""

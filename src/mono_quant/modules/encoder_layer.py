@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.modules.fused_layer import FusedLayer, LayerLayout, gate_activation
+from mono_quant.modules.layer_operands import Setting
 
 # What a layer takes, and what reaches it that an encoder's layer makes no use of.
 _KNOWN: Final = frozenset(
@@ -30,6 +31,7 @@ class EncoderLayout(LayerLayout):
         heads: The attribute that holds the number of attention heads.
         scale: The attribute that holds what scores are multiplied with.
         refuse: Answers why a layer of this class computes something else, or ``None``.
+        refuse_settings: Answers where ``refuse`` looks.
     """
 
     query: str
@@ -44,6 +46,7 @@ class EncoderLayout(LayerLayout):
     heads: str
     scale: str
     refuse: Callable[[nn.Module], str | None]
+    refuse_settings: Callable[[nn.Module], Sequence[Setting]]
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -52,6 +55,10 @@ class EncoderLayout(LayerLayout):
     @property
     def norms(self) -> tuple[str, ...]:
         return self.attention_norm, self.output_norm
+
+    @property
+    def norm_parameters(self) -> tuple[str, ...]:
+        return "weight", "bias"
 
     @property
     def activated(self) -> tuple[str, str]:
@@ -70,6 +77,9 @@ class EncoderLayout(LayerLayout):
             "scale": float(attribute(layer, self.scale)),
             "activation": gate_activation(layer, self),
         }
+
+    def settings(self, layer: nn.Module) -> Sequence[Setting]:
+        return [setting(layer, self.heads), setting(layer, self.scale), *self.refuse_settings(layer)]
 
     def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, mask = _hidden_states_and_mask(args, kwargs)
@@ -103,3 +113,9 @@ def attribute(layer: nn.Module, name: str) -> Any:
     """Answer an attribute of a module inside ``layer`` by its dotted name."""
     owner, _, last = name.rpartition(".")
     return getattr(layer.get_submodule(owner), last)
+
+
+def setting(layer: nn.Module, name: str) -> Setting:
+    """Answer where an attribute of a module inside ``layer`` is kept, by its dotted name."""
+    owner, _, last = name.rpartition(".")
+    return layer.get_submodule(owner).__dict__, last

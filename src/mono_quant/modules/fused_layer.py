@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from mono_quant.core.layer_scheme import INT8_DYNAMIC
 from mono_quant.modules.exchanged_class import ExchangedClass, qualified_name
 from mono_quant.modules.fusion import FusedActivation, activation_name
-from mono_quant.modules.layer_operands import Operands, gather
+from mono_quant.modules.layer_operands import Operands, Setting, gather
 from mono_quant.modules.linear import QuantizedLinear
 from mono_quant.modules.weight_only import WeightOnlyLinear
 from mono_quant.ops import get_backend
@@ -32,6 +32,7 @@ _LOG = logging.getLogger("mono_quant")
 _DEEPEST: Final = 32768
 #: What operators take: bfloat16 is computed in float32 and rounded where it leaves a layer.
 FLOATS: Final = (torch.float32, torch.bfloat16)
+_BIASES: Final = (*FLOATS, torch.float16)
 _GRADIENTS: Final = "gradients are recorded; call the model under torch.no_grad() or torch.inference_mode()"
 
 
@@ -50,6 +51,11 @@ class LayerLayout(ABC):
 
     @property
     @abstractmethod
+    def norm_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters of each norm, in the order of the operator."""
+
+    @property
+    @abstractmethod
     def activated(self) -> tuple[str, str]:
         """Dotted names of the linear layer that computes the activation, and of the activation."""
 
@@ -65,6 +71,10 @@ class LayerLayout(ABC):
     @abstractmethod
     def constants(self, layer: nn.Module) -> Mapping[str, Any]:
         """Answer the numbers that the operator needs from ``layer``."""
+
+    @abstractmethod
+    def settings(self, layer: nn.Module) -> Sequence[Setting]:
+        """Answer where :meth:`constants` and :meth:`objection` look, beyond modules and tensors."""
 
     @abstractmethod
     def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,7 +144,9 @@ class FusedLayer(ExchangedClass):
             if reason is not None:
                 self.report(reason)
                 return None
-            found = gather(self, self.layout.linears, self.layout.norms, self.layout.constants(self))
+            layout = self.layout
+            parameters = [f"{norm}.{name}" for norm in layout.norms for name in layout.norm_parameters]
+            found = gather(self, layout.linears, parameters, layout.constants(self), layout.settings(self))
             if found is not None:
                 self.__dict__[self.cache_name] = found
         return found
@@ -266,7 +278,10 @@ def why_not_fused(layer: nn.Module) -> str | None:
         return f"{activation} is not computed by {activated}"
     dtypes = set()
     for name in layout.norms:
-        for parameter in layer.get_submodule(name)._parameters.values():
+        parameters = layer.get_submodule(name)._parameters
+        if parameters.keys() != set(layout.norm_parameters):
+            return f"{name} has not the parameters {', '.join(layout.norm_parameters)}"
+        for parameter in parameters.values():
             if parameter is None or parameter.dtype not in FLOATS:
                 return f"{name} is not float32 or bfloat16"
             dtypes.add(parameter.dtype)
@@ -274,10 +289,17 @@ def why_not_fused(layer: nn.Module) -> str | None:
 
 
 def _why_not_linear(linear: nn.Module, activated: bool, layout: LayerLayout) -> str | None:
-    if layout.takes_few_bits and type(linear) is WeightOnlyLinear:
-        return None
-    if type(linear) is not QuantizedLinear or linear.scheme.kind != INT8_DYNAMIC:
+    few_bits = layout.takes_few_bits and type(linear) is WeightOnlyLinear
+    if not few_bits and (type(linear) is not QuantizedLinear or linear.scheme.kind != INT8_DYNAMIC):
         return "is not an int8 linear layer"
+    assert isinstance(linear, QuantizedLinear | WeightOnlyLinear)
+    bias = linear._buffers.get("bias")
+    if bias is not None and bias.dtype not in _BIASES:
+        return f"has a bias of {bias.dtype}"
+    if not linear.in_features or not linear.out_features:
+        return "has no inputs or no outputs"
+    if isinstance(linear, WeightOnlyLinear):
+        return None
     if linear.shares_weight:
         return "shares its weight with another layer"
     if linear.in_features > _DEEPEST:

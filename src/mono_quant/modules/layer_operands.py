@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, repeat, starmap
 from operator import attrgetter, contains, is_, itemgetter
 from typing import Any, Final, Self
 
@@ -19,8 +19,11 @@ LinearLayer = QuantizedLinear | WeightOnlyLinear
 _NO_ZERO_POINTS: Final = torch.empty(0, dtype=torch.int8)
 _BUFFERS: Final = attrgetter("_buffers")
 _PARAMETERS: Final = attrgetter("_parameters")
+_DTYPE: Final = attrgetter("dtype")
 # Behind the last of what is compared: if there are more or fewer than were known, it meets something else.
 _END: Final = (object(),)
+#: A mapping, such as a module's ``__dict__``, and a name in it.
+Setting = tuple[dict[str, Any], str]
 _FLAGS: Final = tuple(itemgetter(name) for name in ("training", "_forward_hooks", "_forward_pre_hooks"))
 
 
@@ -36,7 +39,10 @@ class Operands:
         linears, norms: Those that the operator computes, in its order.
         weights: For each linear layer tiles, column sums, scales, bias and zero points (empty for a symmetric weight),
             or words of few-bit values and their bits in the place of the first two; then the parameters of the norms.
+            The layer's own tensors, not copies or views: what is written into them, or put into the place of their
+            data, is to be seen.
         constants: What the layout read from the layer.
+        settings: Where that, and what decides whether the operator applies, was read.
     """
 
     modules: tuple[nn.Module, ...]
@@ -44,6 +50,7 @@ class Operands:
     norms: tuple[nn.Module, ...]
     weights: list[Tensor]
     constants: Mapping[str, Any]
+    settings: tuple[Setting, ...]
     _children: tuple[Mapping[str, nn.Module | None], ...]
     _states: tuple[Mapping[str, Any], ...]
     _known: tuple[object, ...]
@@ -56,17 +63,21 @@ class Operands:
         norms: tuple[nn.Module, ...],
         weights: list[Tensor],
         constants: Mapping[str, Any],
+        settings: tuple[Setting, ...],
     ) -> Self:
         """Take note of what is in ``layer`` now."""
         children = tuple(module._modules for module in layer.modules() if module._modules)
         inside = tuple(layer.modules())[1:]
-        known = tuple(_contents(children, linears, norms))
+        known = tuple(_contents(children, linears, norms, settings))
         states = tuple(module.__dict__ for module in inside)
-        return cls(inside, linears, norms, weights, constants, children, states, known)
+        return cls(inside, linears, norms, weights, constants, settings, children, states, known)
 
     def are_current(self) -> bool:
-        """Say whether no module and no tensor of the layer has been replaced since."""
-        return all(map(is_, _contents(self._children, self.linears, self.norms), self._known))
+        """Say whether no module, no tensor and no setting of the layer has been replaced since.
+
+        Another tensor's data in the place of its own is seen by the operator, which looks at each anew.
+        """
+        return all(map(is_, _contents(self._children, self.linears, self.norms, self.settings), self._known))
 
     def may_want_to_be_called(self) -> bool:
         """Say whether a module inside is in training mode, or has hooks or a ``forward`` of its own."""
@@ -75,29 +86,40 @@ class Operands:
 
 
 def _contents(
-    children: tuple[Mapping[str, nn.Module | None], ...], linears: tuple[nn.Module, ...], norms: tuple[nn.Module, ...]
+    children: tuple[Mapping[str, nn.Module | None], ...],
+    linears: tuple[nn.Module, ...],
+    norms: tuple[nn.Module, ...],
+    settings: tuple[Setting, ...],
 ) -> Iterator[object]:
     # Layers replace their dict of buffers when they pack or unpack their weight: it is read anew each time.
     held = chain(children, map(_BUFFERS, linears), map(_PARAMETERS, norms))
-    return chain(chain.from_iterable(map(dict.values, held)), _END)
+    # A norm that is moved to another dtype keeps its parameters.
+    dtypes = map(_DTYPE, chain.from_iterable(map(dict.values, map(_PARAMETERS, norms))))
+    return chain(chain.from_iterable(map(dict.values, held)), starmap(dict.get, settings), dtypes, _END)
 
 
 def gather(
-    layer: nn.Module, linear_names: Sequence[str], norm_names: Sequence[str], constants: Mapping[str, Any]
+    layer: nn.Module,
+    linear_names: Sequence[str],
+    norm_parameters: Sequence[str],
+    constants: Mapping[str, Any],
+    settings: Sequence[Setting],
 ) -> Operands | None:
     """Answer the operands of a layer, its weights in tiles.
 
     Args:
         layer: All of whose linear layers are int8 or few-bit ones, with weights of their own.
-        linear_names, norm_names: Dotted names, in the order of the operator.
+        linear_names, norm_parameters: Dotted names, in the order of the operator.
         constants: What the operator needs besides.
+        settings: Where it was read.
 
     Returns:
         The operands, or ``None`` where a weight is not in tiles: another thread has just chosen another backend, or the
         weight is on another device.
     """
     linears = tuple(layer.get_submodule(name) for name in linear_names)
-    norms = tuple(layer.get_submodule(name) for name in norm_names)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in norm_parameters)
+    norms = tuple(layer.get_submodule(name) for name in owners)
     weights: list[Tensor] = []
     for linear in linears:
         assert isinstance(linear, LinearLayer)
@@ -105,10 +127,9 @@ def gather(
         if tensors is None:
             return None
         weights += tensors
-    for norm in norms:
-        # Themselves, not views of them: their data may be exchanged. Where this runs no gradients are recorded.
-        weights += [p for p in norm._parameters.values() if p is not None]
-    return Operands.of(layer, linears, norms, weights, constants)  # type: ignore[arg-type]
+    # Themselves, not views of them: their data may be exchanged. Where this runs no gradients are recorded.
+    weights += [layer.get_parameter(name) for name in norm_parameters]
+    return Operands.of(layer, linears, norms, weights, constants, tuple(settings))  # type: ignore[arg-type]
 
 
 def _tensors_of(linear: LinearLayer) -> list[Tensor] | None:
@@ -124,7 +145,5 @@ def _tensors_of(linear: LinearLayer) -> list[Tensor] | None:
     buffers = linear._buffers
     scale, bias, zero_point = buffers["weight_scale"], buffers.get("bias"), buffers.get("weight_zero_point")
     assert scale is not None
-    if isinstance(linear, QuantizedLinear):
-        scale = scale.reshape(-1)
-    values = torch.zeros(linear.out_features) if bias is None else bias.float()
-    return [*weight, scale, values, _NO_ZERO_POINTS if zero_point is None else zero_point]
+    bias = torch.zeros(linear.out_features) if bias is None else bias
+    return [*weight, scale, bias, _NO_ZERO_POINTS if zero_point is None else zero_point]

@@ -37,7 +37,7 @@ class StackOperands:
     places: tuple[int, ...]
 
     def are_current(self, layers: nn.ModuleList) -> bool:
-        """Say whether no layer, no module in one and no tensor has been replaced since."""
+        """Say whether no layer, no module in one, no tensor and no setting has been replaced since."""
         return self.types == tuple(map(type, layers)) and self.contents.are_current()
 
 
@@ -72,7 +72,8 @@ def gather_stack(layers: nn.ModuleList) -> Any:
     )
     linears = tuple(linear for each in found for linear in each.linears)
     norms = tuple(norm for each in found for norm in each.norms)
-    contents = Operands.of(layers, linears, norms, [], constants)
+    settings = tuple(setting for each in found for setting in each.settings)
+    contents = Operands.of(layers, linears, norms, [], constants, settings)
     places = tuple(each.constants["index"] for each in found)
     stack = StackOperands(held, contents, tuple(map(type, layers)), places)
     finalize(stack, native.release_decoder_layers, held)

@@ -11,7 +11,7 @@ from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
 from mono_quant.core.packing import pack_int32, unpack_int32
 from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.core.quantizers import quantize_weight_groupwise
-from mono_quant.errors import ConfigurationError
+from mono_quant.errors import ConfigurationError, InputTypeError
 from mono_quant.modules.base import QuantizedModule, ordinary_tensors, require_module
 from mono_quant.modules.inputs import FLOATS, forward_other
 from mono_quant.modules.linear import build_linear
@@ -80,6 +80,13 @@ class WeightOnlyLinear(QuantizedModule):
     @property
     def codes(self) -> Tensor:
         return self.weight_packed
+
+    def _check_new_codes(self, value: Tensor) -> None:
+        raise InputTypeError(
+            f"the weight of a {type(self).__name__} is stored in words of {self.scheme.bits}-bit codes and cannot be "
+            f"set to a {type(value).__name__} of {value.dtype}",
+            suggestion="Change the float layer and quantize it again.",
+        )
 
     @property
     def _quantized_weight(self) -> QuantizedTensor:
