@@ -20,9 +20,9 @@ constexpr int64_t kPanelDepth = 64;
 // Code rows that a kernel may read behind the last: tiles have a fixed height.
 constexpr int64_t kReadablePastEnd = 32;
 
-inline constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-inline constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+static constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // out[r, c] = act(((sum_k (x[r,k]-zx[r])*(w[c,k]-zw[c])) * sx[r]) * sw[c] + bias[c])
 struct LinearArgs {

@@ -9,7 +9,7 @@ trap 'rm -rf "$build"' EXIT
 
 compiler=${CXX:-c++}
 sanitizers=${*:--O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all}
-common="-std=c++17 -ffp-contract=off -I$root/csrc -DMONO_QUANT_VERSION=\"test\""
+common="-std=c++17 -pthread -ffp-contract=off -I$root/csrc -DMONO_QUANT_VERSION=\"test\""
 kernel="-fno-exceptions -fno-rtti -Wno-psabi"
 avx2="-mavx2 -mfma -mf16c"
 avx512="$avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni"
@@ -38,6 +38,6 @@ wait
       compile amx_emulated $kernel $avx512 -DMONO_QUANT_AMX_EMULATED "$root/csrc/kernels_amx.cpp"
       ;;
   esac
-  "$compiler" $sanitizers "$build"/*.o -o "$build/driver"
+  "$compiler" -pthread $sanitizers "$build"/*.o -o "$build/driver"
 }
 "$build/driver"

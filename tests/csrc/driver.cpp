@@ -8,12 +8,15 @@
 #include <cstring>
 #include <random>
 #include <sstream>
+#include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "codes.h"
 #include "isa.h"
 #include "kernels.h"
+#include "meetings.h"
 
 using namespace mono_quant;
 
@@ -526,6 +529,7 @@ void test_codes(const KernelTable& t) {
 
 #include "attention_and_norm.inl"
 #include "decoder_and_counts.inl"
+#include "meetings.inl"
 
 void test_table(const KernelTable& t) {
   test_codes(t);
@@ -581,6 +585,7 @@ int main() {
 #endif
   }
   if (mono_quant_set_isa("no such set") == 0) return 3;
+  test_meetings();
   if (failures) std::fprintf(stderr, "%d failures\n", failures);
   return failures ? 1 : 0;
 }

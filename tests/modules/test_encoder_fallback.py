@@ -91,6 +91,38 @@ STATES: dict[str, tuple[Callable[[Any], object], str | None]] = {
 }  # fmt: skip
 
 
+@torch.no_grad()
+def test_parameters_of_a_norm_are_told_apart_by_their_names(layer: Any, x: Tensor) -> None:
+    norm = layer.output.LayerNorm
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    assert run(layer, x)[1]
+    norm.weight, weight = None, norm.weight
+    del norm.weight
+    norm.weight = weight
+    assert list(norm._parameters) == ["bias", "weight"]
+    answer, fused = run(layer, x)
+    assert fused
+    assert torch.allclose(answer, from_parts(layer, x), atol=0.05)
+
+
+@torch.no_grad()
+def test_numbers_that_a_layer_holds_and_biases_are_read_again(layer: Any, x: Tensor) -> None:
+    before = run(layer, x)[0]
+    for change in (
+        lambda: setattr(layer.attention.self, "scaling", 3.0),
+        lambda: setattr(layer.output.LayerNorm, "eps", 2.0),
+        lambda: layer.output.dense.bias.add_(torch.randn(36)),
+        lambda: setattr(layer.output.dense.weight_scale, "data", layer.output.dense.weight_scale * 5),
+    ):
+        change()
+        answer, fused = run(layer, x)
+        assert fused
+        assert torch.allclose(answer, from_parts(layer, x), atol=0.05)
+        assert not torch.allclose(answer, before, atol=0.05)
+        before = answer
+
+
 @pytest.mark.parametrize("used_before", [True, False])
 @pytest.mark.parametrize(("change", "reason"), STATES.values(), ids=STATES)
 @torch.no_grad()

@@ -220,6 +220,55 @@ class TestChanges:
         assert calls(model, words()) == (1, 2)
         assert close(logits(model, words())[0], logits(unfused(model), words())[0])
 
+    def test_a_list_of_as_many_other_layers_is_seen(self, model: Any) -> None:
+        before, _ = logits(model, words())
+        model.model.layers = nn.ModuleList([model.model.layers[i] for i in (2, 1, 0)])
+        after, _ = logits(model, words())
+        assert calls(model, words(), use_cache=False) == (1, 3)
+        assert close(after, logits(unfused(model), words())[0])
+        assert not close(after, before)
+
+    def test_biases_that_are_loaded_are_seen_in_bfloat16(self) -> None:
+        model = quantized(build("Qwen2").bfloat16(), bits=4, group_size=2)
+        before, _ = logits(model, words())
+        state = {name: t.clone() for name, t in model.state_dict().items()}
+        model.load_state_dict({name: t + 3 if name.endswith("proj.bias") else t for name, t in state.items()})
+        after, _ = logits(model, words())
+        assert calls(model, words()) == (1, 2)
+        assert close(after, logits(unfused(model), words())[0])
+        assert not close(after, before)
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_weights_that_move_into_shared_memory_are_seen_there(self, bits: int) -> None:
+        model = quantized(build(), bits=bits, **({"group_size": 2} if bits == 4 else {}))
+        before, _ = logits(model, words())
+        for buffer in model.buffers():
+            buffer.share_memory_()
+        noise = [torch.randn(4, 1000) for _ in range(200)]  # where the weights were
+        assert same_bits(logits(model, words())[0], before)
+        del noise
+
+    def test_numbers_that_layers_hold_are_read_again(self, model: Any) -> None:
+        before, _ = logits(model, words())
+        for layer in model.model.layers:
+            layer.input_layernorm.variance_epsilon = 10.0
+            layer.self_attn.scaling *= 3
+        after, _ = logits(model, words())
+        assert calls(model, words()) == (1, 3)
+        assert close(after, logits(unfused(model), words())[0])
+        assert not close(after, before)
+
+    def test_attention_of_another_kind_runs_part_by_part(self, model: Any) -> None:
+        logits(model, words())
+        model.config._attn_implementation = "flex_attention"
+        assert not any(layer.operands() for layer in model.model.layers)
+
+    def test_a_norm_of_another_dtype_runs_part_by_part(self, model: Any) -> None:
+        logits(model, words())
+        model.model.layers[0].input_layernorm.to(torch.bfloat16)
+        assert calls(model, words()) == (0, 2)
+        assert close(logits(model, words())[0], logits(unfused(model), words())[0])
+
     def test_layers_that_get_their_own_class_back_are_called(self, model: Any) -> None:
         logits(model, words())
         restore_layers(model.model.layers[1])

@@ -186,6 +186,34 @@ class TestEveryInstructionSet:
             with pytest.raises(RuntimeError, match="data of another kind"):
                 sequence.together(None, True, number)
 
+    @pytest.mark.parametrize("bits", [(), (4,)])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_every_tensor_is_seen_where_it_is_now(self, bits: tuple[int, ...], dtype: torch.dtype) -> None:
+        decoders = layers(2, bits=bits, symmetric=False, dtype=dtype)
+        for decoder in decoders:
+            decoder.weights[3] = decoder.weights[3].to(dtype)  # a bias may be of another dtype than float32
+        sequence = Sequence(decoders, 1, 3, 2)
+        answers = []
+        with held(decoders) as number:
+            for tensor in [*decoders[0].weights[:5], *decoders[1].weights[-6:]]:
+                if tensor.numel() == 1:
+                    continue  # the number of bits: what it says of the others must stay
+                tensor.share_memory_()
+                # Not what any tensor held before, and whatever the old memory holds by now is something else.
+                tensor.data = torch.zeros_like(tensor) if tensor.dtype in (torch.int8, torch.int32) else tensor * 2
+                answers.append(sequence.together(None, True, number)[0])
+                assert same_bits(answers[-1], sequence.one_by_one(None, True)[0])
+        assert not torch.equal(answers[0], answers[-1])
+
+    def test_data_of_another_kind_is_refused(self) -> None:
+        for place, other in ((0, torch.zeros(1, dtype=torch.int8)), (3, torch.zeros(120, dtype=torch.float64))):
+            decoders = layers(2)
+            sequence = Sequence(decoders, 1, 3, 2)
+            with held(decoders) as number:
+                decoders[1].weights[place].data = other
+                with pytest.raises(RuntimeError, match=r"data of another kind|must be float32, bfloat16 or float16"):
+                    sequence.together(None, True, number)
+
 
 @pytest.mark.usefixtures("backend")
 class TestWhatIsRefused:
@@ -217,6 +245,31 @@ class TestWhatIsRefused:
             sequence.keys = keys[:1]
             with pytest.raises((*REFUSED, ValueError)):
                 sequence.together(None, True, number)
+
+    @pytest.mark.parametrize("heads", [2**60 + 6, 0, -6])
+    def test_a_number_of_heads_that_cannot_be(self, heads: int) -> None:
+        decoders = layers(1)
+
+        def run() -> None:
+            number = OPS.hold_decoder_layers(decoders[0].weights, heads, 2, 20, 0.2, EPS, "silu")
+            try:
+                Sequence(decoders, 1, 3, 2).together(None, True, number)
+            finally:
+                release_decoder_layers(number)
+                native.release_decoder_layers(number)
+
+        with pytest.raises(REFUSED):
+            run()
+
+    def test_a_position_beyond_all_numbers(self) -> None:
+        decoders = layers(1)
+        sequence = Sequence(decoders, 1, 3, 2)
+        keys = torch.zeros(1, 2, 8, 20)
+        with held(decoders) as number, pytest.raises(REFUSED):
+            OPS.decoder_layers_static_cache(
+                number, sequence.x, [keys], [keys.clone()], [torch.tensor(2**63 - 2)], sequence.cosine, sequence.sine,
+                None, True,
+            )  # fmt: skip
 
     def test_a_cache_without_room(self) -> None:
         decoders = layers(2)

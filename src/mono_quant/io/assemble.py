@@ -17,7 +17,7 @@ from mono_quant.io.contents import copy_structure
 from mono_quant.modules import (
     disable_fused_path,
     fuse_layers,
-    fuse_pair,
+    fuse_saved_pair,
     mark_layers_that_share,
     restore_activations,
     restore_layers,
@@ -206,7 +206,7 @@ def _fuse(checkpoint: Checkpoint, model: nn.Module) -> None:
     restore_activations(model)
     for activation, linear in checkpoint.header.fused.items():
         try:
-            fuse_pair(model, linear, activation)
+            fuse_saved_pair(model, linear, activation)
         except InputError as error:
             raise CheckpointError(
                 f"{checkpoint.path}: layer {linear!r} computes the activation {activation!r}, which the architecture "

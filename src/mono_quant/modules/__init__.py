@@ -26,6 +26,7 @@ from mono_quant.modules.fusion import (
     FusedActivation,
     fuse_activations,
     fuse_pair,
+    fuse_saved_pair,
     fused_pairs,
     restore_activations,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "fuse_activations",
     "fuse_layers",
     "fuse_pair",
+    "fuse_saved_pair",
     "fused_pairs",
     "mark_layers_that_share",
     "mark_shared",

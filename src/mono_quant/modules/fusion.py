@@ -1,7 +1,8 @@
 """Activations computed inside the linear layer before them, where that is known to be the same function.
 
-A pair is fused when the linear layer's output goes to the activation and nowhere else: directly in an
-``nn.Sequential``, or proven by tracing the parent's ``forward`` symbolically.
+A pair is fused when the linear layer's output goes to the activation and nowhere else in the ``forward`` of their
+parent: directly in an ``nn.Sequential``, or proven by tracing that ``forward`` symbolically. Elsewhere both go on to be
+what they were (see :mod:`mono_quant.modules.fusing_parent`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Final, TypeGuard
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from mono_quant.core.layer_scheme import FLOAT16
 from mono_quant.errors import InputError
+from mono_quant.modules.fusing_parent import FusingParent, own_type
 from mono_quant.modules.linear import QuantizedLinear
+from mono_quant.modules.traced_children import trace_children
 
 _GELU_BY_APPROXIMATION: Final = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -24,7 +27,7 @@ _BY_NAME: dict[str, Callable[[nn.Module], str | None]] = {}
 
 
 class FusedActivation(nn.Module):
-    """Holds the place of an activation that a linear layer computes; hands its input on.
+    """Holds the place of an activation that a linear layer computes; hands its input on where it has done so.
 
     Attributes:
         activation: The module that stood here, for the way back.
@@ -45,7 +48,10 @@ class FusedActivation(nn.Module):
         return self._kept[1]
 
     def forward(self, input: Tensor) -> Tensor:
-        return input
+        if self.linear.activation_now != "none":
+            return input
+        activated: Tensor = self.activation(input)
+        return activated
 
     def extra_repr(self) -> str:
         return f"{self.activation}, computed by the linear layer before it"
@@ -86,16 +92,42 @@ def fuse_activations(model: nn.Module) -> list[str]:
     fused = []
     for parent_name, parent in list(model.named_modules()):
         for linear, activation in _pairs(parent):
-            if used[id(parent._modules[linear])] == 1:
-                fuse_pair(parent, linear, activation)
+            if used[id(parent._modules[linear])] == 1 and _fuse_inside(parent, linear, activation):
                 fused.append(f"{parent_name}.{linear}" if parent_name else linear)
     return fused
+
+
+def fuse_saved_pair(model: nn.Module, linear_name: str, activation_name_: str) -> None:
+    """Fuse a pair that was fused when its model was saved: inside their parent, or as :func:`fuse_pair` does.
+
+    Raises:
+        InputError: See :func:`fuse_pair`.
+    """
+    parent_name, _, linear = linear_name.rpartition(".")
+    above, _, activation = activation_name_.rpartition(".")
+    parent = _submodule(model, parent_name)
+    proven = above == parent_name and (linear, activation) in _pairs(parent)
+    if not proven or not _fuse_inside(parent, linear, activation):
+        fuse_pair(model, linear_name, activation_name_)
+
+
+def _fuse_inside(parent: nn.Module, linear: str, activation: str) -> bool:
+    """Fuse a pair for the parent's ``forward``; answer whether its class allows that."""
+    if not isinstance(parent, FusingParent):
+        try:
+            FusingParent.take_place(parent)
+        except TypeError:  # a class that cannot be derived from so, or whose instances cannot change theirs
+            return False
+    fuse_pair(parent, linear, activation)
+    parent._modules[linear].__dict__["activates_inside"] = (linear, activation)
+    return True
 
 
 def fuse_pair(model: nn.Module, linear_name: str, activation_name_: str) -> None:
     """Let a quantized linear layer compute the activation that follows it.
 
-    It is the caller who knows that the activation's input is this layer's output and that nothing else reads it.
+    It is the caller who knows that the activation's input is this layer's output, and that nothing else reads it,
+    wherever the layer is called.
 
     Args:
         model: Holds both, at any depth; changed in place.
@@ -160,7 +192,7 @@ def _pairs(parent: nn.Module) -> list[tuple[str, str]]:
         return []
     if not any(child is not None and activation_name(child) for child in children.values()):
         return []
-    if type(parent) is nn.Sequential:
+    if own_type(parent) is nn.Sequential:
         return [(a, b) for a, b in pairwise(children) if _fusible(children[a]) and activation_name(_child(parent, b))]
     return _traced_pairs(parent)
 
@@ -170,16 +202,9 @@ def _child(parent: nn.Module, name: str) -> nn.Module:
     return nn.Identity() if child is None else child
 
 
-class _ChildTracer(fx.Tracer):
-    """Traces one module's own ``forward``; whatever it calls is a leaf."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
 def _traced_pairs(parent: nn.Module) -> list[tuple[str, str]]:
     try:
-        graph = _ChildTracer().trace(parent)
+        graph = trace_children(parent)
     except Exception:  # any code may stand in a forward, and what cannot be traced is simply not proven
         return []
     pairs = []
@@ -203,5 +228,7 @@ def restore_activations(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, FusedActivation):
-                child.linear.activation = "none"
+                child.linear.activation, child.linear.activates_inside = "none", None
                 parent._modules[name] = child.activation
+        if isinstance(parent, FusingParent):
+            parent.give_back()

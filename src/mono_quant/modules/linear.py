@@ -11,6 +11,7 @@ from mono_quant.core.layer_scheme import BFLOAT16, LayerScheme
 from mono_quant.core.mappers import QINT8
 from mono_quant.modules.base import require_module, scheme_from_dtype
 from mono_quant.modules.bfloat16 import linear_bfloat16
+from mono_quant.modules.fusing_parent import activates_here
 from mono_quant.modules.inputs import FLOATS, forward_other
 from mono_quant.modules.packed import PackedWeight
 
@@ -37,11 +38,14 @@ class QuantizedLinear(PackedWeight):
     Attributes:
         activation: What the layer computes on top: ``none``, ``relu``, ``gelu``, ``gelu_tanh`` or ``silu`` (see
             :mod:`mono_quant.modules.fusion`).
+        activates_inside: Where it does so only if its parent's ``forward`` calls it (see
+            :mod:`mono_quant.modules.fusing_parent`): the names there of the layer and of the activation.
     """
 
     float_type: ClassVar[type[nn.Module]] = nn.Linear
 
     activation: str = "none"
+    activates_inside: tuple[str, str] | None = None
 
     def __init__(
         self,
@@ -82,6 +86,12 @@ class QuantizedLinear(PackedWeight):
         """
         return cls.from_float(require_module(module, nn.Linear), scheme_from_dtype(dtype, symmetric))
 
+    @property
+    def activation_now(self) -> str:
+        """What the layer computes on top if it is called now."""
+        names = self.activates_inside
+        return self.activation if names is None or activates_here(self, names) else "none"
+
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype not in FLOATS or not input.dim() or input.shape[-1] != self.in_features:
             return forward_other(self, input, self.in_features)
@@ -91,19 +101,19 @@ class QuantizedLinear(PackedWeight):
         bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401 (reads the attribute only then)
         if scale is None:
             if self.scheme.kind == BFLOAT16:
-                return linear_bfloat16(input, self.codes, self.bias, self.activation)
+                return linear_bfloat16(input, self.codes, self.bias, self.activation_now)
             half: Tensor = torch.ops.mono_quant.linear_half(input, buffers["weight"], bias)
             return half
         zero_point = buffers.get("weight_zero_point")
         packed = self._packed_weight()
         if packed is None:
             plain: Tensor = torch.ops.mono_quant.linear_dynamic.default(
-                input, self._buffers["weight"], scale, zero_point, bias, self.activation
+                input, self._buffers["weight"], scale, zero_point, bias, self.activation_now
             )
             return plain
         tiles, column_sum = packed
         out: Tensor = torch.ops.mono_quant.linear_dynamic_packed.default(
-            input, tiles, column_sum, scale, zero_point, bias, self.out_features, self.activation
+            input, tiles, column_sum, scale, zero_point, bias, self.out_features, self.activation_now
         )
         return out
 

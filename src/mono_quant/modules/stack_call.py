@@ -25,12 +25,14 @@ class StackOperands:
     """The layers' operands as they were when the native library was handed their weights.
 
     Attributes:
-        held: The number by which it knows them, until these operands are gone.
+        layers: The list of them, which others may have taken the place of since.
+        held: The number by which the library knows them, until these operands are gone.
         contents: By what to tell whether they are still the model's.
         types: The classes of the layers.
         places: The layers' places in a cache.
     """
 
+    layers: nn.ModuleList
     held: int
     contents: Operands
     types: tuple[type[nn.Module], ...]
@@ -38,7 +40,7 @@ class StackOperands:
 
     def are_current(self, layers: nn.ModuleList) -> bool:
         """Say whether no layer, no module in one, no tensor and no setting has been replaced since."""
-        return self.types == tuple(map(type, layers)) and self.contents.are_current()
+        return layers is self.layers and self.types == tuple(map(type, layers)) and self.contents.are_current()
 
 
 def all_fused(layers: Any) -> bool:
@@ -75,7 +77,7 @@ def gather_stack(layers: nn.ModuleList) -> Any:
     settings = tuple(setting for each in found for setting in each.settings)
     contents = Operands.of(layers, linears, norms, [], constants, settings)
     places = tuple(each.constants["index"] for each in found)
-    stack = StackOperands(held, contents, tuple(map(type, layers)), places)
+    stack = StackOperands(layers, held, contents, tuple(map(type, layers)), places)
     finalize(stack, native.release_decoder_layers, held)
     return stack
 

@@ -1,0 +1,244 @@
+"""Activations are computed by the linear layer before them in their parent's ``forward``, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mono_quant
+from mono_quant.modules import FusedActivation, QuantizedLinear, fuse_pair, restore_activations
+
+WIDTH = 24
+
+
+class Pair(nn.Module):
+    """A linear layer and its activation in a ``forward`` of their own."""
+
+    def __init__(self, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.linear, self.activation = nn.Linear(WIDTH, WIDTH), activation or nn.GELU()
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.last(self.activation(self.linear(x))) + self.linear(x)  # type: ignore[no-any-return]
+        return self.last(self.activation(self.linear(x)))  # type: ignore[no-any-return]
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.linear(x)  # type: ignore[no-any-return]
+
+
+def sequence() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+
+
+class Taps(nn.Module):
+    """Keeps what each layer of a sequence answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = sequence()
+
+    def forward(self, x: Tensor) -> Tensor:
+        taps = []
+        for layer in self.body:
+            x = layer(x)
+            taps.append(x)
+        return torch.cat(taps, 1)
+
+
+class Beside(nn.Module):
+    """Calls a sequence, and a layer of it by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = sequence()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.body[0](x)  # type: ignore[no-any-return]
+
+
+class Lora(nn.Module):
+    """A layer and what adds to it."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.added = base, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.added(x)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(5, WIDTH)
+
+
+def quantized(model: nn.Module, fuse: bool = True) -> Any:
+    return mono_quant.quantize(model.eval(), fuse_activations=fuse).model
+
+
+def both(model: nn.Module) -> tuple[Any, Any]:
+    """Answer the model quantized with its activations fused and apart."""
+    return quantized(model), quantized(model, fuse=False)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [Taps, Beside])
+def test_a_layer_that_others_read_too_answers_what_is_its_own(make: type[nn.Module], x: Tensor) -> None:
+    fused, apart = both(make())
+    assert isinstance(fused.body[1], FusedActivation)
+    assert close(fused(x), apart(x))
+
+
+def test_the_activation_is_not_called_where_the_layer_computes_it(x: Tensor) -> None:
+    for model, place in ((sequence(), "1"), (Pair(), "activation")):
+        fused, apart = both(model)
+        calls: list[Tensor] = []
+        placed = fused.get_submodule(place)
+        placed.activation.register_forward_hook(lambda _, args, out, calls=calls: calls.append(out))
+        assert close(fused(x), apart(x))
+        assert not calls
+        assert torch.equal(placed(x), placed.activation(x))
+        assert calls
+
+
+def test_another_method_gets_the_layers_own_answer(x: Tensor) -> None:
+    fused, apart = both(Pair())
+    assert close(fused.before(x), apart.before(x))
+
+
+def test_in_training_mode_both_are_what_they_were(x: Tensor) -> None:
+    fused, apart = both(Pair())
+    assert close(fused.train()(x), apart.train()(x))
+    assert close(fused.eval()(x), apart.eval()(x))
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "wrapped": lambda m: setattr(m, "linear", Lora(m.linear)),
+    "float layer": lambda m: setattr(m, "linear", nn.Linear(WIDTH, WIDTH)),
+    "other activation": lambda m: setattr(m, "activation", nn.Tanh()),
+    "hook": lambda m: m.linear.register_forward_hook(lambda _, args, out: out - 1),
+    "pre-hook": lambda m: m.activation.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+    "own forward": lambda m: setattr(m.activation, "forward", torch.sigmoid),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_pair_that_is_changed_later_is_one_no_longer(change: Callable[[Any], object], x: Tensor) -> None:
+    models = both(Pair())
+    for model in models:
+        model(x)
+        torch.manual_seed(1)
+        change(model)
+    assert close(models[0](x), models[1](x))
+
+
+def test_a_hook_sees_the_layers_own_answer(x: Tensor) -> None:
+    seen: list[Tensor] = []
+    models = both(sequence())
+    for model in models:
+        model[0].register_forward_hook(lambda _, args, out: seen.append(out))
+        model(x)
+    assert close(*seen)
+    assert seen[0].min() < 0
+
+
+def test_classes_and_names_stay(x: Tensor) -> None:
+    model = quantized(nn.Sequential(Pair(), sequence()))
+    assert isinstance(model[0], Pair)
+    assert isinstance(model[1], nn.Sequential)
+    assert [type(part).__name__ for part in model] == ["Pair", "Sequential"]
+    restore_activations(model)
+    assert [type(part) for part in model] == [Pair, nn.Sequential]
+    assert isinstance(model[1][1], nn.ReLU)
+    model(x)
+
+
+def test_copies_and_pickles_are_pairs_of_their_own(x: Tensor) -> None:
+    model = quantized(Pair())
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), expected)
+        assert twin.activation.linear is twin.linear
+        twin.linear.weight = torch.zeros_like(twin.linear.codes)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("make", [Taps, Pair, sequence])
+def test_loaded_from_a_file_a_pair_is_what_it_was(make: Callable[[], nn.Module], x: Tensor, tmp_path: Path) -> None:
+    source = make()
+    result = mono_quant.quantize(source.eval())
+    result.save(tmp_path / "model.safetensors")
+    loaded = mono_quant.load_model(tmp_path / "model.safetensors", copy.deepcopy(source))
+    assert any(isinstance(module, FusedActivation) for module in loaded.modules())
+    assert torch.equal(loaded(x), result.model(x))
+
+
+def test_a_pair_that_was_asked_for_is_one_everywhere(x: Tensor, tmp_path: Path) -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.functions = nn.ModuleList([nn.Linear(WIDTH, WIDTH)]), nn.ModuleList([nn.ReLU()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.functions[0](self.layers[0](x))  # type: ignore[no-any-return]
+
+    result = mono_quant.quantize(Apart().eval())
+    expected = result.model(x)
+    model: Any = result.model
+    fuse_pair(model, "layers.0", "functions.0")
+    assert close(model(x), expected)
+    assert model.layers[0](x).min() >= 0
+    result.save(tmp_path / "model.safetensors")
+    loaded: Any = mono_quant.load_model(tmp_path / "model.safetensors", Apart())
+    assert torch.equal(loaded.layers[0](x), model.layers[0](x))
+
+
+def test_eight_threads_keep_apart_who_runs_what(x: Tensor) -> None:
+    model, apart = both(Pair())
+    inside, alone = apart(x), apart.before(x)
+
+    def call(number: int) -> bool:
+        return close(model(x), inside) if number % 2 else close(model.before(x), alone)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(call, range(200)))
+
+
+def test_a_class_that_cannot_be_derived_from_keeps_its_layers_apart(x: Tensor) -> None:
+    class Final(Pair):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("no subclasses")
+
+    fused, apart = both(Final())
+    assert isinstance(fused.activation, nn.GELU)
+    assert isinstance(fused.linear, QuantizedLinear)
+    assert fused.linear.activation == "none"
+    assert torch.equal(fused(x), apart(x))
+
+
+@pytest.mark.parametrize("make", [Pair, sequence, Taps])
+def test_compiled_and_exported_they_answer_the_same(make: Callable[[], nn.Module], x: Tensor) -> None:
+    model = quantized(make())
+    expected = model(x)
+    assert close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+    assert close(torch.export.export(model, (x,)).module()(x), expected)
