@@ -115,9 +115,26 @@ inline int64_t window_count(int64_t size, int64_t kernel, int64_t stride, int64_
   check(kernel > 0 && stride > 0 && dilation > 0 && pad >= 0 && pad_end >= 0, "a window has no size");
   const bool sane = kernel <= 4096 && larger(stride, dilation) <= 65536 && larger(pad, pad_end) <= 65536;
   check(sane, "a window is too large");
-  const int64_t span = size + pad + pad_end - dilation * (kernel - 1) - 1;
-  if (span < 0) return 0;
-  int64_t count = (span + (ceil ? stride - 1 : 0)) / stride + 1;
+  check(size > 0, "an image has no pixels for a window");
+// What one sample of a value may take, and all values of a sample together: far beyond any memory, and small enough for
+// products of such numbers with few others to fit 64 bits.
+constexpr int64_t kMostBytes = int64_t(1) << 40;
+
+// Throws where a value is larger than that, before its size is computed with. Empty values have sides as well.
+inline void check_size(const CodeValue& v) {
+  int64_t bytes = 4;
+  for (const int64_t side : {v.channels, v.height, v.width}) {
+    check(side >= 0 && side <= kMostBytes, "a value of run_codes has no shape");
+    check(side == 0 || bytes <= kMostBytes / side, "a value of run_codes is too large");
+    bytes *= larger(side, 1);
+  }
+}
+
+// How many windows there are along one side. Throws where there is none: PyTorch refuses such images too.
+  // Where sizes are rounded up, a last window may reach beyond the padding.
+  const int64_t span = size + pad + pad_end - dilation * (kernel - 1) - 1 + (ceil ? stride - 1 : 0);
+  check(span >= 0, "a window is larger than the image");
+  int64_t count = span / stride + 1;
   if (ceil && (count - 1) * stride >= size + pad) --count;  // a window starts inside the image or its left padding
   return count;
 }

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mono_quant import ops
 from mono_quant.errors import ConfigurationError, InputError, InputTypeError, QuantizationError
 from mono_quant.graph import StaticOptions, program, quantize_static
-from tests.graph.conftest import example_of
+from mono_quant.ops import native
+from tests.graph.conftest import decibels, example_of
 from tests.graph.networks import small
 
 
@@ -93,3 +95,45 @@ def test_an_input_that_does_not_suit_a_fused_run_leaves_it_on_for_others(monkeyp
     for size in range(10, 20):
         quantized(torch.randn(2, 3, size, size))
         assert len(quantized._unfit) <= 3  # type: ignore[arg-type]
+
+
+WINDOWS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "convolution": (lambda: nn.Conv2d(4, 8, 5), (4, 9)),
+    "strides": (lambda: nn.Conv2d(4, 8, 5, stride=3), (9, 3)),
+    "groups": (lambda: nn.Conv2d(4, 8, 5, stride=3, groups=2), (4, 4)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 5, groups=4), (4, 4)),
+    "dilation": (lambda: nn.Conv2d(4, 8, 3, dilation=3, padding=1), (4, 9)),
+    "maxima": (lambda: nn.Sequential(nn.Conv2d(4, 8, 1), nn.MaxPool2d(5)), (9, 4)),
+    "rounded up": (lambda: nn.Sequential(nn.Conv2d(4, 8, 1), nn.MaxPool2d(5, 2, ceil_mode=True)), (3, 9)),
+    "means": (lambda: nn.Sequential(nn.Conv2d(4, 8, 1), nn.AvgPool2d(5)), (4, 9)),
+    "one dimension": (lambda: nn.Conv1d(4, 8, 5, stride=2), (4,)),
+    "nothing": (lambda: nn.Conv2d(4, 8, 3, padding=1), (0, 5)),
+}
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_an_image_that_is_smaller_than_a_window_is_refused_by_every_backend(name: str, batch: int) -> None:
+    make, sides = WINDOWS[name]
+    model = nn.Sequential(make(), nn.ReLU(), nn.Flatten(2)).eval()
+    large = tuple(12 for _ in sides)
+    quantized, _ = quantize_static(model, torch.randn(4, 4, *large))
+    with pytest.raises(RuntimeError), torch.no_grad():
+        model(torch.randn(batch, 4, *sides))
+    for backend in ("native", "torch", "reference"):
+        if backend == "native" and not native.is_loaded():
+            continue
+        with ops.use_backend(backend):
+            with pytest.raises(InputError, match="the static graph failed at"):
+                quantized(torch.randn(batch, 4, *sides))
+            with torch.no_grad():
+                assert quantized(torch.randn(batch, 4, *large)).shape == model(torch.randn(batch, 4, *large)).shape
+
+
+def test_a_last_window_may_reach_beyond_the_image_where_sizes_are_rounded_up() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.MaxPool2d(4, 2, ceil_mode=True), nn.Conv2d(8, 8, 1)).eval()
+    quantized, _ = quantize_static(model, torch.randn(16, 4, 12, 12))
+    x = torch.randn(2, 4, 3, 9)
+    with torch.no_grad():
+        assert decibels(model(x), quantized(x)) > 25

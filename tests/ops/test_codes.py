@@ -145,6 +145,39 @@ class TestMeaning:
         assert torch.equal(answer.float(), F.max_pool2d(x.float(), *pairs, ceil_mode=bool(ceil_mode)))
 
     @pytest.mark.parametrize("first", [True, False])
+    @pytest.mark.parametrize("kernel", [(2, 2), (3, 3), (2, 3)])
+    def test_windows_may_reach_beyond_a_small_image_where_sizes_are_rounded_up(self, kernel: tuple[int, int]) -> None:
+        x = images(torch.Generator().manual_seed(0), 2, 5, 2, 2)
+        step = codes.MaxPoolStep(*kernel, 2, 2, 0, 0, 1, 1, 1)
+        answer = OPS.run_codes([x], torch.zeros(0, dtype=torch.uint8), codes.encode_program(1, [1], [Link(step, 0)]))[0]
+        assert torch.equal(answer.float(), F.max_pool2d(x.float(), kernel, 2, ceil_mode=True))
+
+    @pytest.mark.parametrize("batch", [0, 1, 3])
+    @pytest.mark.parametrize("size", [(2, 4), (4, 2), (1, 1), (0, 4), (0, 0)])
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_an_image_smaller_than_the_windows_is_refused(self, size: tuple[int, int], batch: int, device: str) -> None:
+        if device == "meta" and min(size) == 0:
+            pytest.skip("shapes alone are not looked at so closely")
+        # A division by the stride that rounds towards zero would find a window.
+        case = conv_case(0, batch, 8, 8, (3, 3), size, stride=(2, 2))
+        pool = codes.encode_program(1, [1], [Link(codes.MaxPoolStep(3, 3, 2, 2, 0, 0, 1, 1, 0), 0)])
+        for program in (case.program, pool):
+            with pytest.raises(REFUSED):
+                OPS.run_codes([x.to(device) for x in case.inputs], case.constants.to(device), program)
+
+    def test_padding_makes_up_for_a_small_image(self) -> None:
+        case = conv_case(0, 2, 8, 8, (3, 3), (1, 2), padding=(1, 1, 1, 0))
+        answer = run(case)[0]
+        assert answer.shape == (2, 8, 1, 1)
+        assert torch.equal(answer, wanted(case)[0])
+
+    def test_a_mean_over_no_pixels_is_nan_as_that_of_floats(self) -> None:
+        program = codes.encode_program(1, [1], [Link(codes.GlobalAverageStep(3, 0.5, 0), 0)])
+        nothing = torch.zeros(0, dtype=torch.uint8)
+        answer = OPS.run_codes([torch.zeros(2, 5, 0, 3, dtype=torch.uint8)], nothing, program)[0]
+        assert answer.shape == (2, 5)
+        assert bool(answer.isnan().all())
+
     def test_a_product_takes_a_gate_of_one_pixel_on_either_side(self, first: bool) -> None:
         generator = torch.Generator().manual_seed(0)
         x, gate = images(generator, 2, 19, 4, 5), images(generator, 2, 19, 1, 1)

@@ -117,7 +117,11 @@ def _max_pool(step: MaxPoolStep, x: Tensor) -> Tensor:
 
 
 def run_codes_shape(inputs: list[Tensor], constants: Tensor, program: str) -> list[Tensor]:
-    """Answer the outputs of :func:`run_codes` without their values."""
+    """Answer the outputs of :func:`run_codes` without their values.
+
+    Raises:
+        RuntimeError: A window is larger than its image.
+    """
     _, outputs, links = decode_program(program)
     values = list(inputs)
     for link in links:
@@ -156,8 +160,11 @@ def _along_w(step: ConvStep | MaxPoolStep) -> tuple[int, int, int, int, int]:
 def _windows(
     size: Any, kernel: int, stride: int, padding: int, end: int, dilation: int, ceil_mode: bool = False
 ) -> Any:
-    span = size + padding + end - dilation * (kernel - 1) - 1
-    count = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
+    # Where sizes are rounded up, a last window may reach beyond the padding.
+    span = size + padding + end - dilation * (kernel - 1) - 1 + (stride - 1 if ceil_mode else 0)
+    # Sizes may be symbols, of which this makes a condition of the traced program.
+    torch._check(span >= 0, lambda: f"a window of {kernel} pixels is larger than an image of {size}")
+    count = span // stride + 1
     if ceil_mode and (count - 1) * stride >= size + padding:
         count -= 1  # a window starts inside the image or its left padding
     return count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import lt
 from typing import ClassVar, Final
 
 import torch
@@ -125,6 +126,9 @@ class QuantizedConvolution(PackedLayer):
     """Convolves codes with int8 weights, adds, activates and rounds once.
 
     Buffers: ``weight`` int8 ``[O, C / groups, *kernel]``, ``weight_scale`` float32 ``[O]``, ``bias`` float32 ``[O]``.
+
+    Raises:
+        ValueError: The kernel is larger than the image with its padding.
     """
 
     kind: ClassVar[str] = "conv"
@@ -137,8 +141,11 @@ class QuantizedConvolution(PackedLayer):
         self._shape = weight.shape
         self._no_zero_points = torch.zeros(weight.shape[0], dtype=torch.int64)
         self._plan = _plan(spec)
+        sides = zip(weight.shape[2:], spec.padding, spec.dilation, strict=False)
+        self._least_sides = tuple(max(1, dilation * (taps - 1) + 1 - 2 * pad) for taps, pad, dilation in sides)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        self._require_room(x)
         packed = self._packed_weight(x)
         plan, spec = self._plan, self.spec
         if packed is None or x.numel() == 0 or (other is not None and (plan.in_float or x.dim() != 4)):
@@ -167,6 +174,16 @@ class QuantizedConvolution(PackedLayer):
             out = spec.activation(out)
             return out if spec.output is None else round_to_codes(out, spec.output)
         return out
+
+    def _require_room(self, x: Tensor) -> None:
+        # oneDNN divides by the stride towards zero: it finds a window, and answers numbers, where there is none.
+        if torch.compiler.is_compiling():
+            return  # a comparison of sizes that may vary would narrow the compiled program
+        if any(map(lt, x.shape[2:], self._least_sides)):
+            raise ValueError(
+                f"an image of {list(x.shape[2:])} is too small for a kernel of {list(self._shape[2:])}: it must have "
+                f"{list(self._least_sides)} pixels"
+            )
 
     def reference(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Answer what :func:`conv_reference` specifies."""

@@ -102,6 +102,9 @@ class MaxPool(Layer):
 
     PyTorch's own max pooling takes 8-bit integers only for images of up to 127 pixels. Here the maximum is taken along
     one dimension at a time, over shifted views.
+
+    Raises:
+        ValueError: The windows are larger than the image; PyTorch refuses it as well.
     """
 
     kind: ClassVar[str] = "max_pool"
@@ -128,7 +131,7 @@ class MaxPool(Layer):
         views = []
         for tap in range(spec.kernel_size[dim]):
             start = tap * spec.dilation[dim]
-            view = x.narrow(dim + 2, start, (size - 1) * step + 1) if size else x.narrow(dim + 2, 0, 0)
+            view = x.narrow(dim + 2, start, (size - 1) * step + 1)
             views.append(view if step == 1 else _every(view, dim + 2, step))
         if len(views) == 1:
             return views[0].clone()  # every step answers memory of its own
@@ -144,7 +147,9 @@ class MaxPool(Layer):
         count = (span + (step - 1 if spec.ceil_mode else 0)) // step + 1
         if spec.ceil_mode and (count - 1) * step >= size + spec.padding[dim]:
             count -= 1  # a window must start inside the image or its left padding
-        return max(count, 0)
+        if size == 0 or count < 1:
+            raise ValueError(f"a side of {size} pixels is too small for windows of {spec.kernel_size}")
+        return count
 
 
 def _every(x: Tensor, dim: int, step: int) -> Tensor:
