@@ -75,7 +75,13 @@ struct CodeProgram {
       ++known;
       steps.push_back(step);
     }
-    for (const int64_t output : outputs) check(output >= inputs && output < known, "an output is no step's value");
+    // Each output is memory of its own, and a step writes to one place.
+    std::vector<bool> named((size_t)known, false);
+    for (const int64_t output : outputs) {
+      check(output >= inputs && output < known, "an output is no step's value");
+      check(!named[(size_t)output], "the program of run_codes names an output twice");
+      named[(size_t)output] = true;
+    }
   }
 
  private:
@@ -110,12 +116,6 @@ struct CodeValue {
   int64_t bytes() const { return channels * height * width * (is_float ? 4 : 1); }
 };
 
-inline int64_t window_count(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t pad_end, int64_t dilation,
-                            bool ceil) {
-  check(kernel > 0 && stride > 0 && dilation > 0 && pad >= 0 && pad_end >= 0, "a window has no size");
-  const bool sane = kernel <= 4096 && larger(stride, dilation) <= 65536 && larger(pad, pad_end) <= 65536;
-  check(sane, "a window is too large");
-  check(size > 0, "an image has no pixels for a window");
 // What one sample of a value may take, and all values of a sample together: far beyond any memory, and small enough for
 // products of such numbers with few others to fit 64 bits.
 constexpr int64_t kMostBytes = int64_t(1) << 40;
@@ -131,6 +131,12 @@ inline void check_size(const CodeValue& v) {
 }
 
 // How many windows there are along one side. Throws where there is none: PyTorch refuses such images too.
+inline int64_t window_count(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t pad_end, int64_t dilation,
+                            bool ceil) {
+  check(kernel > 0 && stride > 0 && dilation > 0 && pad >= 0 && pad_end >= 0, "a window has no size");
+  const bool sane = kernel <= 4096 && larger(stride, dilation) <= 65536 && larger(pad, pad_end) <= 65536;
+  check(sane, "a window is too large");
+  check(size > 0, "an image has no pixels for a window");
   // Where sizes are rounded up, a last window may reach beyond the padding.
   const int64_t span = size + pad + pad_end - dilation * (kernel - 1) - 1 + (ceil ? stride - 1 : 0);
   check(span >= 0, "a window is larger than the image");
@@ -181,7 +187,7 @@ inline CodeValue step_value(const CodeStep& s, const std::vector<CodeValue>& val
     out.is_float = true;
     out.flat = s.integer(2) == 0;
   }
-  check(out.channels >= 0 && out.height >= 0 && out.width >= 0, "a step of run_codes has no shape");
+  check_size(out);
   return out;
 }
 
@@ -208,6 +214,7 @@ inline int64_t place_values(std::vector<CodeValue>& values) {
     value.offset = at;
     placed.push_back(&value);
     total = larger(total, at + size);
+    check(total <= kMostBytes, "the values of run_codes are too large");
   }
   return total;
 }

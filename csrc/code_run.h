@@ -37,6 +37,7 @@ struct Stage {
   const CodeValue* other;
   const CodeValue* out;
   ConvArgs conv;
+  const uint8_t* table;
   // Pieces of `rows` by `cols` for a full group; of what they are rows depends on the kind.
   int64_t rows = 1, cols = 1;
 };
@@ -53,10 +54,10 @@ inline ConvArgs conv_args(const CodeStep& s, const CodeValue& x, const CodeValue
   a.out_width = out.width;
   a.x_zero = (uint8_t)s.integer(9);
   const int64_t taps = a.kernel_h * a.kernel_w, padded = round_up(out.channels, 64);
+  check(x.channels <= 65536 / taps, "a convolution's sums may not fit 32 bits");
   const int64_t weights = s.kind == kDepthwiseStep
                               ? taps * padded
                               : (out.channels + 15) / 16 * 16 * round_up(taps * x.channels, kPanelDepth);
-  check(taps * x.channels <= 65536, "a convolution's sums may not fit 32 bits");
   a.weight = constants.at<int8_t>(s.integer(10), weights);
   FinishArgs& f = a.finish;
   f.offset = constants.at<int32_t>(s.integer(11), padded);
@@ -83,6 +84,7 @@ class Run {
       : table_(kernels()), codes_(*table_.codes), constants_(constants), values_(values), images_(images),
         batch_(batch) {
     const int64_t per_sample = place_values(values);
+    check(batch <= (int64_t(1) << 62) / larger(per_sample, 1), "the batch of run_codes is too large");
     double products = 0;
     for (const CodeStep& step : program.steps) products += add_stage(step);
     threads_ = worthwhile_threads((double)batch * products / table_.speed);
@@ -141,6 +143,8 @@ class Run {
       const double depth = (double)(stage.conv.kernel_h * stage.conv.kernel_w) *
                            (step.kind == kConvStep ? (double)stage.x->channels : 8.0);
       products *= 8 + depth;
+    } else if (step.kind == kTableStep) {
+      stage.table = constants_.at<uint8_t>(step.integer(0), 256);
     }
     stages_.push_back(stage);
     return products;
@@ -245,8 +249,7 @@ class Run {
                              v.height, v.width, out};
       codes_.max_pool(args, row, row_end);
     } else if (s.kind == kTableStep) {
-      const uint8_t* table = constants_.at<uint8_t>(s.integer(0), 256);
-      for (int64_t i = row * line; i < row_end * line; ++i) out[i] = table[x[i]];
+      for (int64_t i = row * line; i < row_end * line; ++i) out[i] = stage.table[x[i]];
     } else {
       global_average(stage, x, (float*)out, row, row_end);
     }

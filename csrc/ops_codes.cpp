@@ -47,6 +47,7 @@ CodeValue input_value(Tensor& x, QuantizeArgs* image) {
   v.width = x.size(3);
   v.is_float = x.dtype() == aoti_torch_dtype_float32();
   check(v.is_float || x.dtype() == aoti_torch_dtype_uint8(), "run_codes takes float32 images and uint8 codes");
+  check_size(v);
   if (v.is_float) {
     *image = {nullptr, v.channels, v.height, v.width, x.stride(0), x.stride(1), x.stride(2), x.stride(3), 0, 0, nullptr};
   } else {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,7 +145,6 @@ class TestMeaning:
         pairs = [geometry[i : i + 2] for i in range(0, 8, 2)]
         assert torch.equal(answer.float(), F.max_pool2d(x.float(), *pairs, ceil_mode=bool(ceil_mode)))
 
-    @pytest.mark.parametrize("first", [True, False])
     @pytest.mark.parametrize("kernel", [(2, 2), (3, 3), (2, 3)])
     def test_windows_may_reach_beyond_a_small_image_where_sizes_are_rounded_up(self, kernel: tuple[int, int]) -> None:
         x = images(torch.Generator().manual_seed(0), 2, 5, 2, 2)
@@ -178,6 +178,7 @@ class TestMeaning:
         assert answer.shape == (2, 5)
         assert bool(answer.isnan().all())
 
+    @pytest.mark.parametrize("first", [True, False])
     def test_a_product_takes_a_gate_of_one_pixel_on_either_side(self, first: bool) -> None:
         generator = torch.Generator().manual_seed(0)
         x, gate = images(generator, 2, 19, 4, 5), images(generator, 2, 19, 1, 1)
@@ -202,13 +203,13 @@ class TestWriting:
         assert codes.encode_program(inputs, outputs, links) == chain().program
         assert {type(link.step) for link in links} == set(codes.KINDS)
 
-    @pytest.mark.parametrize("text", ["", "1 1", "1 1 1 1 99 1 0 -1 0", "one"])
+    @pytest.mark.parametrize("text", ["", "1 1", "1 1 1 1 99 1 0 -1 0", "one", "1 2 1 1 1 7 1 0 -1 1 0"])
     def test_a_damaged_text_is_refused(self, text: str) -> None:
         with pytest.raises(ConfigurationError, match="damaged"):
             codes.decode_program(text)
 
     @pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
-    @pytest.mark.parametrize("what", ["constants", "text", "channels", "values", "letters"])
+    @pytest.mark.parametrize("what", ["constants", "text", "channels", "values", "letters", "outputs"])
     def test_the_kernels_refuse_what_would_read_outside(self, what: str) -> None:
         case = conv_case(0, 1, 8, 8, (3, 3), (6, 6))
         if what == "constants":
@@ -219,7 +220,33 @@ class TestWriting:
             case.inputs[0] = images(torch.Generator(), 1, 9, 6, 6)
         elif what == "values":
             case.program = case.program.replace("1 1 1 1 1 1 0 -1", "1 1 1 1 1 1 2 -1", 1)
+        elif what == "outputs":
+            case.program = case.program.replace("1 1 1 1", "1 2 1 1 1", 1)
         else:
             case.program += " x"
         with ops.use_backend("native"), pytest.raises(RuntimeError, match="mono_quant"):
+            run(case)
+
+    @pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
+    @pytest.mark.parametrize("start", [0, 64, -64, 1])
+    def test_the_kernels_refuse_a_table_beyond_the_constants(self, start: int) -> None:
+        program = codes.encode_program(1, [1], [Link(codes.TableStep(start), 0)])
+        x = images(torch.Generator().manual_seed(0), 4, 8, 20, 20)
+        constants = torch.zeros(255, dtype=torch.uint8)
+        with ops.use_backend("native"), pytest.raises(RuntimeError, match="constants"):
+            OPS.run_codes([x], constants, program)
+
+    @pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
+    @pytest.mark.parametrize("what", ["input", "empty", "step"])
+    def test_the_kernels_refuse_values_that_no_memory_holds(self, what: str) -> None:
+        case = conv_case(0, 1, 8, 8, (3, 3), (6, 6))
+        if what == "step":
+            link = codes.decode_program(case.program)[2][0]
+            case.program = codes.encode_program(1, [1], [replace(link, step=replace(link.step, outputs=1 << 50))])  # type: ignore[type-var]
+        else:
+            # One element that stands for all: 2**62 of them, or none.
+            sides = (1 << 31, 1 << 31) if what == "input" else (0, 1 << 62)
+            case.inputs[0] = torch.zeros(1, 8, 1, 1, dtype=torch.uint8)[:, :1].expand(1, 1, *sides)
+            case.program = codes.encode_program(1, [1], [Link(codes.MultiplyStep(0, 0, 1.0, 0.0, 255.0, 0), 0, 0)])
+        with ops.use_backend("native"), pytest.raises(RuntimeError, match=r"mono_quant.*(large|shape)"):
             run(case)

@@ -219,7 +219,8 @@ def encode_program(inputs: int, outputs: Sequence[int], links: Sequence[Link]) -
 
     Args:
         inputs: How many tensors it takes; they have the numbers from 0.
-        outputs: Numbers of the values that it answers; those of steps, which have the numbers after the inputs.
+        outputs: Numbers of the values that it answers, each once; those of steps, which have the numbers after the
+            inputs.
         links: The steps, in order.
     """
     numbers = [inputs, len(outputs), len(links), *outputs]
@@ -244,6 +245,8 @@ def decode_program(program: str) -> tuple[int, list[int], list[Link]]:
             kind, _, first, second, count = numbers[at : at + 5]
             links.append(Link(KINDS[kind].decode(numbers[at + 5 : at + 5 + count]), first, second))
             at += 5 + count
+        if len(set(outputs)) < len(outputs):
+            raise ValueError(f"it names an output twice: {outputs}")
     except (ValueError, IndexError) as error:
         raise ConfigurationError(f"the program of run_codes is damaged: {error}") from error
     return inputs, outputs, links
