@@ -257,12 +257,19 @@ class Run {
 
   void global_average(const Stage& stage, const uint8_t* x, float* out, int64_t row, int64_t row_end) const {
     const int64_t pixels = stage.x->height * stage.x->width, channels = stage.x->channels;
-    const ThreadScratch scratch(channels * 4);
-    int32_t* sums = static_cast<int32_t*>(scratch.get());
+    const ThreadScratch scratch(channels * (8 + 4));
+    int64_t* totals = static_cast<int64_t*>(scratch.get());
+    int32_t* sums = reinterpret_cast<int32_t*>(totals + channels);
     const float zero = (float)stage.step.integer(0), scale = stage.step.real(1);
     for (int64_t r = row; r < row_end; ++r) {
-      codes_.channel_sums(x + r * pixels * channels, pixels, channels, sums);
-      for (int64_t c = 0; c < channels; ++c) out[r * channels + c] = ((float)sums[c] / (float)pixels - zero) * scale;
+      for (int64_t c = 0; c < channels; ++c) totals[c] = 0;
+      for (int64_t i = 0; i < pixels; i += kMostSummed) {
+        codes_.channel_sums(x + (r * pixels + i) * channels, smaller(kMostSummed, pixels - i), channels, sums);
+        for (int64_t c = 0; c < channels; ++c) totals[c] += sums[c];
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        out[r * channels + c] = ((float)totals[c] / (float)pixels - zero) * scale;
+      }
     }
   }
 

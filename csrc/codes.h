@@ -9,6 +9,9 @@ namespace mono_quant {
 // The most kernel positions that a depthwise convolution has.
 constexpr int64_t kLargestKernel = 256;
 
+// As many codes of 255 as fit a sum of 32 bits.
+constexpr int64_t kMostSummed = INT32_MAX / 255;
+
 // What follows the sums of a convolution.
 enum Finish : int {
   kClamp = 0,  // scale and bias are in units of output codes; only bounds are applied
@@ -100,7 +103,7 @@ struct CodeKernels {
   // Output rows likewise. Padding never wins: windows hold one pixel at least.
   void (*max_pool)(const PoolArgs& args, int64_t row_begin, int64_t row_end);
 
-  // Sums over all pixels of a sample: int32 [channels].
+  // Sums over `pixels` pixels, kMostSummed at most: int32 [channels].
   void (*channel_sums)(const uint8_t* x, int64_t pixels, int64_t channels, int32_t* sums);
 
   void (*add)(const AddArgs& args, int64_t begin, int64_t end);

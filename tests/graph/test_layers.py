@@ -222,6 +222,13 @@ def test_a_global_average_is_exact(seed: int, dims: int, keepdim: bool, given_sc
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5 * given_scale.scale * 255)
 
 
+def test_the_mean_of_more_codes_than_an_int32_sum_holds_is_right() -> None:
+    x = torch.full((1, 1, 2902, 2902), 255, dtype=torch.uint8)
+    for keepdim in (True, False):
+        found = GlobalAverage(GlobalAverageSpec(QParams(0.5, 5), keepdim))(x)
+        assert found.flatten().tolist() == [125.0]
+
+
 @given(seed=SEEDS, first=QPARAMS, second=QPARAMS, output=QPARAMS, gate=st.booleans())
 def test_sums_and_products_are_rounded_once(
     seed: int, first: QParams, second: QParams, output: QParams, gate: bool

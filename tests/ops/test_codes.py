@@ -171,6 +171,19 @@ class TestMeaning:
         assert answer.shape == (2, 8, 1, 1)
         assert torch.equal(answer, wanted(case)[0])
 
+    @pytest.mark.parametrize("shape", [(1, 3, 2902, 2902), (2, 1, 3000, 5700)])
+    def test_a_mean_of_more_codes_than_an_int32_sum_holds_is_right(self, shape: tuple[int, ...]) -> None:
+        assert shape[2] * shape[3] > 2**31 // 255
+        x = torch.full(shape, 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        x[-1, -1] = 254
+        program = codes.encode_program(1, [1], [Link(codes.GlobalAverageStep(5, 0.5, 0), 0)])
+        answer = OPS.run_codes([x], torch.zeros(0, dtype=torch.uint8), program)[0]
+        expected = torch.full(shape[:2], 125.0)
+        expected[-1, -1] = 124.5
+        torch.testing.assert_close(answer, expected, rtol=1e-6, atol=0)
+        with ops.use_backend("reference"):
+            assert torch.equal(answer, OPS.run_codes([x], torch.zeros(0, dtype=torch.uint8), program)[0])
+
     def test_a_mean_over_no_pixels_is_nan_as_that_of_floats(self) -> None:
         program = codes.encode_program(1, [1], [Link(codes.GlobalAverageStep(3, 0.5, 0), 0)])
         nothing = torch.zeros(0, dtype=torch.uint8)

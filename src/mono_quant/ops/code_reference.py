@@ -69,7 +69,7 @@ def _run(step: Step, x: Tensor, other: Tensor | None, constants: Tensor) -> Tens
         case MaxPoolStep():
             return _max_pool(step, x)
         case GlobalAverageStep():
-            total = x.sum((2, 3), keepdim=bool(step.keepdim), dtype=torch.int32).float()
+            total = x.sum((2, 3), keepdim=bool(step.keepdim), dtype=torch.int64).float()
             return (total / x.shape[2:].numel() - step.zero) * step.scale
         case TableStep():
             return constant_array(constants, step.table, torch.uint8, LARGEST_CODE + 1)[x.to(torch.int32)]

@@ -15,6 +15,9 @@ from mono_quant.graph.layers.layer import Layer
 
 _AVERAGES: Final[tuple[Callable[..., Tensor], ...]] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
+# As many codes as fit a sum of 32 bits, whatever they are.
+_MOST_SUMMED: Final = torch.iinfo(torch.int32).max // LARGEST_CODE
+
 
 @dataclass(frozen=True)
 class GlobalAverageSpec:
@@ -41,8 +44,10 @@ class GlobalAverage(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         positions = list(range(2, x.dim()))
-        total = x.sum(positions, keepdim=self.spec.keepdim, dtype=torch.int32)
         count = x.shape[2:].numel()
+        # Sums of 64 bits take three times as long.
+        dtype = torch.int32 if count <= _MOST_SUMMED else torch.int64
+        total = x.sum(positions, keepdim=self.spec.keepdim, dtype=dtype)
         return total.float().div_(count).sub_(self.spec.input.zero_point).mul_(self.spec.input.scale)
 
 
