@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from multiprocessing.context import set_spawning_popen
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from mono_quant import ops
+from tests.spawning import SpawnedChild
 
 # Derandomized, so that a change is judged by the same examples as its parent; "search" looks for new ones.
 _COMMON = {
@@ -36,3 +38,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on each backend that this machine has."""
     with ops.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def spawned_child() -> Iterator[SpawnedChild]:
+    """Pickle as if for a spawned process, which maps the tensors' memory by descriptors."""
+    if torch.multiprocessing.get_sharing_strategy() != "file_descriptor":
+        pytest.skip("memory is not shared by descriptors")
+    child = SpawnedChild()
+    set_spawning_popen(child)  # type: ignore[arg-type]
+    yield child
+    set_spawning_popen(None)

@@ -6,9 +6,7 @@ import copy
 import os
 import pickle
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.context import set_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from mono_quant import ops
 from mono_quant.modules import QuantizedLinear, packed
 from tests.modules.layers import SYMMETRIC, quantize
+from tests.spawning import SpawnedChild
 
 needs_native = pytest.mark.skipif(ops.get_backend() != "native", reason="only native kernels have tiles")
 
@@ -30,37 +29,12 @@ def packed_layer() -> QuantizedLinear:
     return layer
 
 
-class SpawningChild:
-    """Collects the descriptors that a spawned child is to inherit, as multiprocessing's own class does."""
-
-    def __init__(self) -> None:
-        self.descriptors: list[int] = []
-
-    def duplicate_for_child(self, descriptor: int) -> int:
-        self.descriptors.append(descriptor)
-        return descriptor
-
-    def DupFd(self, descriptor: int) -> int:  # noqa: N802 - multiprocessing's name
-        return descriptor
-
-
-@pytest.fixture
-def child() -> Iterator[SpawningChild]:
-    spawning = SpawningChild()
-    set_spawning_popen(spawning)  # type: ignore[arg-type]
-    yield spawning
-    set_spawning_popen(None)
-
-
 @needs_native
-@pytest.mark.skipif(
-    torch.multiprocessing.get_sharing_strategy() != "file_descriptor", reason="memory is not shared by descriptors"
-)
-def test_a_spawned_process_inherits_descriptors_that_are_still_open(child: SpawningChild) -> None:
+def test_a_spawned_process_inherits_descriptors_that_are_still_open(spawned_child: SpawnedChild) -> None:
     model = nn.Sequential(packed_layer(), packed_layer())
     ForkingPickler.dumps(model)
-    assert len(child.descriptors) == len(set(child.descriptors)) == 6
-    for descriptor in child.descriptors:
+    assert len(spawned_child.descriptors) == len(set(spawned_child.descriptors)) == 6
+    for descriptor in spawned_child.descriptors:
         os.fstat(descriptor)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from multiprocessing.context import get_spawning_popen
 from typing import Any, Self
 
 import torch
@@ -146,3 +147,6 @@ class PackedLayer(Layer):
 
 # 255 * 127 * taps must stay below 2**31 for int32 sums; beyond, the specification adds up in float64.
 MAX_EXACT_TAPS = 65_536
+        if get_spawning_popen() is not None:
+            # A spawned process maps the very tensors that are pickled, after pickling is over: they must live on.
+            self.unpack()
