@@ -7,8 +7,9 @@ from multiprocessing.context import get_spawning_popen
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mono_quant.errors import InputTypeError
 from mono_quant.graph.layers.layer import Layer
 from mono_quant.locks import ForkSafeLock
 from mono_quant.ops import get_backend
@@ -115,6 +116,19 @@ class PackedLayer(Layer):
         """The weight's int8 codes, output channels first."""
         return self._plain_weight(self._buffers)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, Tensor):
+            shape = self.codes.shape
+            if value.dtype != torch.int8 or value.shape != shape or isinstance(value, nn.Parameter):
+                raise InputTypeError(
+                    f"the weight of a {type(self).__name__} is stored as int8 {list(shape)} and cannot be set to a "
+                    f"{type(value).__name__} of {value.dtype} {list(value.shape)}",
+                    suggestion="Change the float layer and quantize it again.",
+                )
+            # There is no such buffer while the layer is packed: nn.Module would put the tensor beside it, to no effect.
+            self.unpack()
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.unpack()
         # Scales and biases mean nothing in another precision: .half() or .to(bfloat16) leave them alone.
@@ -138,6 +152,9 @@ class PackedLayer(Layer):
         super()._load_from_state_dict(state_dict, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
+        if get_spawning_popen() is not None:
+            # A spawned process maps the very tensors that are pickled, after pickling is over: they must live on.
+            self.unpack()
         state = dict(self.__dict__)
         state.pop("_retire", None)
         if "packed_weight" in state["_buffers"]:
@@ -147,6 +164,3 @@ class PackedLayer(Layer):
 
 # 255 * 127 * taps must stay below 2**31 for int32 sums; beyond, the specification adds up in float64.
 MAX_EXACT_TAPS = 65_536
-        if get_spawning_popen() is not None:
-            # A spawned process maps the very tensors that are pickled, after pickling is over: they must live on.
-            self.unpack()
