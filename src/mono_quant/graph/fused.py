@@ -2,7 +2,8 @@
 
 Weights move into the operator's constants, tiled for its kernels; each layer keeps a view in the place of its weight
 and rebuilds the plain one where it is asked for. A layer that goes back to the plain layout (to be moved or loaded)
-takes the run it belongs to out of use; the next call makes a new one.
+takes the run it belongs to out of use, and so does a layer whose bias, scales or table have changed: these are copied.
+The next call makes a new run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mono_quant.graph.layers import Layer
 from mono_quant.graph.layers.conv import QuantizedConvolution
 from mono_quant.graph.layers.elementwise import Add, Multiply, Quantize, Table
 from mono_quant.graph.layers.spatial import GlobalAverage, MaxPool, Pad
+from mono_quant.graph.sources import Sources
 from mono_quant.ops import codes
 from mono_quant.ops.codes import ALIGNMENT, Link
 
@@ -85,6 +87,7 @@ class FusedRun:
     Attributes:
         inputs, outputs: Numbers of the values that it takes and answers.
         released: Numbers of the values that nothing needs afterwards.
+        sources: What was copied from the layers.
     """
 
     start: int
@@ -92,13 +95,19 @@ class FusedRun:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     released: tuple[int, ...]
+    sources: Sources
     constants: Tensor | None = None
     program: str = ""
-    current: bool = True
+    retired: bool = False
 
     def retire(self) -> None:
         """Take the run out of use: one of its layers went back to its plain weight."""
-        self.current = False
+        self.retired = True
+
+    def is_current(self) -> bool:
+        """Say whether the run computes what its layers would."""
+        # During an export, stand-ins are in the places of the layers' tensors.
+        return not self.retired and (torch.compiler.is_exporting() or self.sources.are_current())
 
     def __call__(self, values: list[Any]) -> None:
         """Compute the outputs.
@@ -135,7 +144,8 @@ def fuse_steps(
             inputs = tuple(dict.fromkeys(number for number in read if number not in made))
             outputs = tuple(number for number in sorted(made) if number in later)
             gone = {number for i in range(start, stop) for number in released[i]} - made
-            run = FusedRun(start, stop, inputs, outputs, tuple(sorted(gone)))
+            # Taken note of before anything is copied, or a write in between would go unnoticed.
+            run = FusedRun(start, stop, inputs, outputs, tuple(sorted(gone)), Sources(layers[start:stop]))
             _compile(run, steps[start:stop], layers[start:stop])
             runs.append(run)
     return runs

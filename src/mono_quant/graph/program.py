@@ -113,10 +113,10 @@ class StaticGraph(nn.Module):
         if get_backend() != "native" or not all(isinstance(x, Tensor) and x.device.type == "cpu" for x in given):
             return {}
         runs = self._runs
-        if runs is not None and all(run.current for run in runs.values()):
+        if runs is not None and all(map(FusedRun.is_current, runs.values())):
             return runs
         with _lock:
-            if self._runs is None or not all(run.current for run in self._runs.values()):
+            if self._runs is None or not all(map(FusedRun.is_current, self._runs.values())):
                 layers = [layer for _, layer, _ in self._calls]
                 if any(b.device.type != "cpu" for b in self.buffers()):
                     return {}

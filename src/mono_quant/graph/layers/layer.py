@@ -38,7 +38,7 @@ class Layer(nn.Module):
             if tensor is None:
                 setattr(self, name, None)
             else:
-                self.register_buffer(name, tensor)
+                self.register_buffer(name, _counted(tensor))
 
     def describe(self) -> dict[str, Any]:
         """Answer the layer without its numbers as plain values; :func:`build_layer` undoes it."""
@@ -56,6 +56,12 @@ class Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in asdict(self.spec).items())
+
+
+def _counted(tensor: Tensor) -> Tensor:
+    """Answer ``tensor``, or its copy if it is an inference tensor: those do not count what is written to them."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone() if tensor.is_inference() else tensor
 
 
 def build_layer(description: dict[str, Any], kinds: dict[str, type[Layer]]) -> Layer:

@@ -1,0 +1,123 @@
+"""Fused runs copy biases, scales and tables: what becomes of these later is seen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mono_quant.graph import StaticGraph, StaticOptions, quantize_static
+from mono_quant.graph.arithmetic import QParams
+from mono_quant.graph.layers.conv import QuantizedConvolution
+from mono_quant.graph.layers.elementwise import Table
+
+
+def network() -> StaticGraph:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1, bias=False), nn.Sigmoid(), nn.Conv2d(8, 4, 1)
+    )
+    # Without their correction, biases that the float layers lack stay absent.
+    quantized, _ = quantize_static(model.eval(), torch.randn(16, 3, 9, 9), StaticOptions(correct_bias=False))
+    assert isinstance(quantized, StaticGraph)
+    return quantized
+
+
+def part(model: StaticGraph, kind: type, index: int = 0) -> Any:
+    return [layer for layer in model.layers if isinstance(layer, kind)][index]
+
+
+def exchange(tensor: Tensor) -> None:
+    tensor.data = tensor + 0.5
+
+
+def write_in_inference_mode(tensor: Tensor) -> None:
+    with torch.inference_mode():
+        tensor.mul_(0.5)
+
+
+def describe_anew(layer: QuantizedConvolution) -> None:
+    layer.spec = replace(layer.spec, input=QParams(0.05, 3))
+
+
+CHANGES: dict[str, Callable[[StaticGraph], Any]] = {
+    "bias written to": lambda model: part(model, QuantizedConvolution).bias.add_(1.0),
+    "bias replaced": lambda model: setattr(part(model, QuantizedConvolution), "bias", torch.full((8,), 0.5)),
+    "bias removed": lambda model: setattr(part(model, QuantizedConvolution, 2), "bias", None),
+    "bias added": lambda model: setattr(part(model, QuantizedConvolution, 1), "bias", torch.ones(8)),
+    "bias exchanged": lambda model: exchange(part(model, QuantizedConvolution).bias),
+    "scales written to": lambda model: part(model, QuantizedConvolution, 1).weight_scale.copy_(torch.full((8,), 0.01)),
+    "scales in inference mode": lambda model: write_in_inference_mode(part(model, QuantizedConvolution).weight_scale),
+    "table written to": lambda model: part(model, Table).table.copy_(torch.arange(255, -1, -1)),
+    "table replaced": lambda model: setattr(part(model, Table), "table", torch.arange(255, -1, -1).to(torch.uint8)),
+    "description replaced": lambda model: describe_anew(part(model, QuantizedConvolution, 2)),
+    "one layer loaded": lambda model: part(model, QuantizedConvolution).load_state_dict(
+        {name: t // 2 for name, t in part(model, QuantizedConvolution).state_dict().items()}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_seen_by_the_next_call(name: str) -> None:
+    model, x = network(), torch.randn(2, 3, 9, 9)
+    assert part(model, QuantizedConvolution, 1).bias is None
+    before = model(x)
+    with torch.no_grad():
+        CHANGES[name](model)
+    after = model(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, copy.deepcopy(model)(x))
+    assert torch.equal(after, model(x))
+
+
+@pytest.mark.usefixtures("backend")
+def test_writes_to_inference_tensors_are_seen_as_well() -> None:
+    model, x = network(), torch.randn(2, 3, 9, 9)
+    with torch.inference_mode():
+        bias = torch.full((8,), 0.5)
+    part(model, QuantizedConvolution).bias = bias
+    before = model(x)
+    with torch.inference_mode():
+        bias.mul_(-1)
+    after = model(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, copy.deepcopy(model)(x))
+
+
+def test_runs_stay_in_use_while_nothing_changes() -> None:
+    model, x = network(), torch.randn(2, 3, 9, 9)
+    model(x)
+    runs = model._runs
+    if not runs:
+        pytest.skip("the native kernels do not run here")
+    model(x)
+    with torch.inference_mode():
+        model(x[:1])
+    assert model._runs is runs
+    with torch.no_grad():
+        part(model, QuantizedConvolution).bias.add_(1.0)
+    model(x)
+    made = model._runs
+    model(x)
+    assert made is not runs
+    assert model._runs is made
+
+
+def test_layers_quantized_in_inference_mode_hold_tensors_that_count_their_versions() -> None:
+    with torch.inference_mode():
+        model = network()
+    assert not any(buffer.is_inference() for buffer in model.buffers())
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
+def test_a_graph_that_has_run_can_be_exported() -> None:
+    model, x = network(), torch.randn(2, 3, 9, 9)
+    expected = model(x)
+    if not model._runs:
+        pytest.skip("the native kernels do not run here")
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
