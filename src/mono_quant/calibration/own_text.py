@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mono_quant.calibration.batches import Batch, tensors_in
 from mono_quant.calibration.runner import call_model, evaluating
 from mono_quant.errors import ConfigurationError, InputError
+from mono_quant.modules.call_arguments import cache_name_among
 
 # Texts that are written together, and texts in one batch of what is answered.
 _AT_A_TIME: Final = 16
@@ -69,26 +70,28 @@ class _Writer:
         self._model, self._vocabulary, self._generator = model, vocabulary, generator
         names = inspect.signature(model.forward).parameters
         self._named = "input_ids" in names
-        self._caches = "past_key_values" in names and "use_cache" in names
+        # Models name what they answer as they name what they take.
+        self._cache_name = cache_name_among(names) if "use_cache" in names else None
 
     def arguments(self, ids: Tensor, cache: bool) -> dict[str, Any] | Tensor:
         """Answer what the model is called with; without ``cache`` it is not to keep keys and values."""
         if not self._named:
             return ids
-        return {"input_ids": ids, "use_cache": cache} if self._caches else {"input_ids": ids}
+        return {"input_ids": ids, "use_cache": cache} if self._cache_name else {"input_ids": ids}
 
     def write(self, texts: Tensor) -> None:
         """Fill in all tokens but the first of each text, ``[texts, length]``."""
         kept: Any = None
         for position in range(1, texts.shape[1]):
-            read = texts[:, position - 1 : position] if self._caches else texts[:, :position]
+            name = self._cache_name
+            read = texts[:, position - 1 : position] if name else texts[:, :position]
             given = self.arguments(read, cache=True)
             batch = Batch((), given) if isinstance(given, dict) else Batch((given,), {})
-            if kept is not None:
-                batch.kwargs["past_key_values"] = kept
+            if name and kept is not None:
+                batch.kwargs[name] = kept
             answer = call_model(self._model, batch, 0)
-            kept = getattr(answer, "past_key_values", None) if self._caches else None
-            self._caches = kept is not None
+            kept = getattr(answer, name, None) if name else None
+            self._cache_name = name if kept is not None else None
             texts[:, position] = self._draw(answer, read)
 
     def _draw(self, answer: Any, ids: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.library import Library, register_fake
 
 from mono_quant.errors import ConfigurationError
+from mono_quant.modules.call_arguments import cache_names
 from mono_quant.ops.encoder_reference import hidden_states_shape
 from mono_quant.ops.library import NAMESPACE, TAGS
 
@@ -76,8 +77,10 @@ def layer_of(number: int) -> nn.Module:
     return layer
 
 
-def _forward(number: int, x: Tensor, **kwargs: Any) -> Tensor:
+def _forward(number: int, x: Tensor, cache: HeldCache | None = None, **kwargs: Any) -> Tensor:
     layer: Any = layer_of(number)
+    if cache is not None:
+        kwargs[cache_names(type(layer))[0]] = cache
     # Not the layer itself: its hooks are part of the graph.
     out: Tensor = type(layer).forward(layer, x, **kwargs)
     return out.clone() if out is x else out
@@ -98,7 +101,7 @@ def _decoder_layer(
     key_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     cache = HeldCache(past_keys, past_values)
-    out = _forward(layer, x, attention_mask=mask, position_embeddings=(cosine, sine), past_key_values=cache)
+    out = _forward(layer, x, cache, attention_mask=mask, position_embeddings=(cosine, sine))
     assert cache.keys is not None
     assert cache.values is not None
     # In one layout, whoever computed them: the compiler was told which.
@@ -116,7 +119,7 @@ def _decoder_layer_static_cache(
     mask: Tensor | None,
 ) -> Tensor:
     cache = HeldCache(keys, values, position)
-    return _forward(layer, x, attention_mask=mask, position_embeddings=(cosine, sine), past_key_values=cache)
+    return _forward(layer, x, cache, attention_mask=mask, position_embeddings=(cosine, sine))
 
 
 def _decoder_layers(

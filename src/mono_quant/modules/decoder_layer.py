@@ -9,18 +9,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from mono_quant.modules.call_arguments import CACHE_NAMES, cache_in, name_of_place, unknown_names
 from mono_quant.modules.compiled_layer import HeldCache
 from mono_quant.modules.encoder_layer import attribute, setting
 from mono_quant.modules.fused_layer import FLOATS, FusedLayer, LayerLayout, gate_activation
 from mono_quant.modules.layer_operands import Operands, Setting
 
-# What a decoder layer is called with, and what does not change its answer.
+# What a decoder layer is called with besides a cache, and what does not change its answer.
 _KNOWN: Final = frozenset(
-    {
-        "hidden_states", "attention_mask", "position_embeddings", "past_key_values", "position_ids", "cache_position",
-        "use_cache",
-    }
-)  # fmt: skip
+    {"hidden_states", "attention_mask", "position_embeddings", "position_ids", "cache_position", "use_cache"}
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class DecoderLayout(LayerLayout):
     """Where a decoder layer keeps its parts: dotted names, from the layer.
 
     Its ``forward`` takes hidden states ``[samples, length, width]`` first, and by name ``attention_mask``,
-    ``position_embeddings`` (cosine and sine) and ``past_key_values``; it answers hidden states.
+    ``position_embeddings`` (cosine and sine) and a cache (see :func:`~mono_quant.modules.call_arguments.cache_in`); it
+    answers hidden states.
 
     Attributes:
         query, key, value, output, gate, up, down: The linear layers.
@@ -117,12 +116,13 @@ class DecoderLayout(LayerLayout):
         return torch.empty(1, heads, 0, size, dtype=attribute(layer, f"{self.attention_norm}.weight").dtype)
 
     def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not _takes_arguments(layer, args, kwargs):
+            return NotImplemented
         x = args[0] if args else kwargs.get("hidden_states")
-        angles = kwargs.get("position_embeddings")
-        if len(args) > 1 or angles is None or asks_for_more(kwargs) or not layer.takes(x):
+        if not layer.takes(x):
             return NotImplemented
         assert isinstance(x, Tensor)
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        angles, mask, cache = kwargs["position_embeddings"], kwargs.get("attention_mask"), cache_in(type(layer), kwargs)
         if torch.compiler.is_compiling():
             return self._call_from_graph(layer, x, angles, mask, cache) if layer.is_compiled_whole() else NotImplemented
         operands = layer.operands()
@@ -220,10 +220,30 @@ def is_empty(held: Any) -> bool:
     return held.keys is None or not held.keys.numel()
 
 
-def asks_for_more(kwargs: dict[str, Any]) -> bool:
-    """Say whether a layer is called with something that could change its answer and no operator knows."""
-    others = (value for name, value in kwargs.items() if name not in _KNOWN)
-    return any(value is not None and value is not False for value in others)
+def _takes_arguments(layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether a layer is called with what its operator needs, and with nothing else."""
+    if len(args) > 1:
+        layer.report(f"its {name_of_place(type(layer), 1)} is not given by name")
+        return False
+    unknown = unknown_argument(type(layer), kwargs)
+    if unknown is not None:
+        layer.report_unknown(unknown)
+        return False
+    if kwargs.get("position_embeddings") is None:
+        layer.report("it is called without position_embeddings")
+        return False
+    return True
+
+
+def unknown_argument(layer_type: type[nn.Module], kwargs: dict[str, Any]) -> str | None:
+    """Answer the name of what a layer is called with that could change its answer and no operator knows, or ``None``.
+
+    A second cache is such a thing.
+    """
+    for name in unknown_names(kwargs, _KNOWN):
+        if name not in CACHE_NAMES or kwargs[name] is not cache_in(layer_type, kwargs):
+            return name
+    return None
 
 
 def is_of_type(layer: FusedLayer, x: Tensor, empty: Tensor) -> bool:

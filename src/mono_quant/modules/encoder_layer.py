@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mono_quant.modules.call_arguments import name_of_place, unknown_names
 from mono_quant.modules.fused_layer import FusedLayer, LayerLayout, gate_activation
 from mono_quant.modules.layer_operands import Setting
 
@@ -82,7 +83,12 @@ class EncoderLayout(LayerLayout):
         return [setting(layer, self.heads), setting(layer, self.scale), *self.refuse_settings(layer)]
 
     def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, mask = _hidden_states_and_mask(args, kwargs)
+        unknown = _unknown_argument(layer, args, kwargs)
+        if unknown is not None:
+            layer.report_unknown(unknown)
+            return NotImplemented
+        x = args[0] if args else kwargs.get("hidden_states")
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if x is None or not layer.takes(x) or not layer.takes_mask(mask, x.shape[0], x.shape[1], x.shape[1]):
             return NotImplemented
         if torch.compiler.is_compiling():
@@ -99,14 +105,11 @@ class EncoderLayout(LayerLayout):
         )  # fmt: skip
 
 
-def _hidden_states_and_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """Answer the two, or nothing where the call wants more than hidden states from them."""
-    x = args[0] if args else kwargs.get("hidden_states")
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    others = [*args[2:], *(value for name, value in kwargs.items() if name not in _KNOWN)]
-    if any(value is not None and value is not False for value in others):
-        return None, None
-    return x, mask
+def _unknown_argument(layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Answer the name of what could change the answer of ``layer`` and its operator does not know, or ``None``."""
+    # Behind hidden states and mask come what cross-attention is to see and the like, mostly ``None``.
+    others = {name_of_place(type(layer), place): args[place] for place in range(2, len(args))}
+    return next(iter(unknown_names(others | kwargs, _KNOWN)), None)
 
 
 def attribute(layer: nn.Module, name: str) -> Any:

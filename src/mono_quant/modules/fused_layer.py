@@ -197,6 +197,10 @@ class FusedLayer(ExchangedClass):
         """Say once that layers of this class run part by part."""
         report_once(f"a {type(self).__name__} runs part by part: {reason}")
 
+    def report_unknown(self, argument: str) -> None:
+        """Say once that layers of this class run part by part where they are called with ``argument``."""
+        self.report(f"it is called with {argument}, which its operator does not know")
+
 
 def why_parts(operands: Operands) -> str | None:
     """Answer why modules inside have to be called: for hooks, training (of dropout) or gradients; else ``None``."""

@@ -17,8 +17,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mono_quant.modules.call_arguments import cache_in, cache_names
 from mono_quant.modules.compiled_layer import HeldCache
-from mono_quant.modules.decoder_layer import asks_for_more
+from mono_quant.modules.decoder_layer import unknown_argument
 from mono_quant.modules.exchanged_class import ExchangedClass, qualified_name
 from mono_quant.modules.fused_layer import FusedLayer, fuse_single_layers, report_once, why_parts
 from mono_quant.modules.stack_call import StackOperands, all_fused, call_stack, call_stack_from_graph, gather_stack
@@ -91,7 +92,8 @@ class LayerStack(ExchangedClass):
         self._report(out)
         for layer, cache in zip(self.all_layers(), caches, strict=True):
             # Not the layer itself: its hooks are part of graphs.
-            x = type(layer).forward(layer, x, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
+            named = {cache_names(type(layer))[0]: cache}
+            x = type(layer).forward(layer, x, attention_mask=mask, position_embeddings=angles, **named)
         return x
 
     def _call_all(self, hidden_states: Any, **kwargs: Any) -> Any:
@@ -101,11 +103,11 @@ class LayerStack(ExchangedClass):
         out: Any = NotImplemented
         if (
             angles is not None
-            and not asks_for_more(kwargs)
             and isinstance(first, FusedLayer)
+            and unknown_argument(type(first), kwargs) is None
             and first.takes(hidden_states)
         ):
-            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            cache, mask = cache_in(type(first), kwargs), kwargs.get("attention_mask")
             if torch.compiler.is_compiling():
                 out = call_stack_from_graph(self.number, layers, hidden_states, angles, mask, cache)
             else:
