@@ -15,10 +15,14 @@ from mono_quant.modules.encoder_layer import attribute, setting
 from mono_quant.modules.fused_layer import FLOATS, FusedLayer, LayerLayout, gate_activation
 from mono_quant.modules.layer_operands import Operands, Setting
 
-# What a decoder layer is called with besides a cache, and what does not change its answer.
+# What a decoder layer is called with besides a cache, and what does not change its answer: hidden states are what hooks
+# of whole layers see.
 _KNOWN: Final = frozenset(
-    {"hidden_states", "attention_mask", "position_embeddings", "position_ids", "cache_position", "use_cache"}
-)
+    {
+        "hidden_states", "attention_mask", "position_embeddings", "position_ids", "cache_position", "use_cache",
+        "output_hidden_states",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ _DEEPEST: Final = 32768
 #: What operators take: bfloat16 is computed in float32 and rounded where it leaves a layer.
 FLOATS: Final = (torch.float32, torch.bfloat16)
 _BIASES: Final = (*FLOATS, torch.float16)
+_HOOKS: Final = "has hooks, which want to be called"
 _GRADIENTS: Final = "gradients are recorded; call the model under torch.no_grad() or torch.inference_mode()"
 
 
@@ -208,7 +209,7 @@ def why_parts(operands: Operands) -> str | None:
         for module in operands.modules:
             reason = _want_of(module)
             if reason is not None:
-                return f"a {type(module).__name__} in it {reason}"
+                return _about(module, reason)
     if _has_any_global_hook():
         return "there are hooks on all modules, which want to be called"
     if torch.is_grad_enabled() and any(
@@ -216,6 +217,15 @@ def why_parts(operands: Operands) -> str | None:
     ):
         return _GRADIENTS
     return None
+
+
+def hooks_of(module: nn.Module) -> str:
+    """Answer, as a reason, that a module has hooks."""
+    return _about(module, _HOOKS)
+
+
+def _about(module: nn.Module, reason: str) -> str:
+    return f"a {type(module).__name__} in it {reason}"
 
 
 _reported: set[str] = set()
@@ -233,7 +243,7 @@ def _want_of(module: nn.Module) -> str | None:
     """Answer why a module that is in training mode, has hooks or a ``forward`` of its own has to be called."""
     whole = isinstance(module, FusedLayer)
     if not (_are_idle(module._forward_hooks, whole) and _are_idle(module._forward_pre_hooks, whole)):
-        return "has hooks, which want to be called"
+        return _HOOKS
     if module.training:
         return "is in training mode"
     return "has a forward of its own" if "forward" in module.__dict__ else None

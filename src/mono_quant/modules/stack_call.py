@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mono_quant.modules.compiled_layer import HeldCache, layer_of
 from mono_quant.modules.decoder_layer import DecoderLayout, angles_fit, is_empty, is_of_type
 from mono_quant.modules.encoder_layer import attribute
-from mono_quant.modules.fused_layer import FusedLayer
+from mono_quant.modules.fused_layer import FusedLayer, hooks_of
 from mono_quant.modules.layer_operands import Operands
 from mono_quant.ops import native
 
@@ -148,6 +148,8 @@ def call_stack_from_graph(
     places = _places_in_graphs(number)
     if not first.is_compiled_whole() or places is None:
         return NotImplemented
+    if isinstance(places, str):
+        return places
     empty = first.layout.no_keys(first)
     if not is_of_type(first, x, empty):
         return NotImplemented
@@ -175,15 +177,20 @@ def call_stack_from_graph(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _places_in_graphs(number: int) -> tuple[int, ...] | None:
-    """Answer the layers' places in a cache, ``None`` where a layer has a hook, which becomes part of the graph.
+def _places_in_graphs(number: int) -> tuple[int, ...] | str | None:
+    """Answer the layers' places in a cache, why they are called one by one, or ``None`` where one no longer runs whole.
+
+    Hooks of layers become part of the graph.
 
     A constant: a graph that saw each layer itself would look at each again in every call. What changes later is found
     by the operator.
     """
     layers = layer_of(number).all_layers()  # type: ignore[operator]
-    if not all_fused(layers) or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+    if not all_fused(layers):
         return None
+    for layer in layers:
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return hooks_of(layer)
     return tuple(int(attribute(layer, layer.layout.layer_index)) for layer in layers)
 
 
