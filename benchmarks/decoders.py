@@ -7,6 +7,7 @@ goes back to the prompt, so that it can be called for ever with a cache of about
 from __future__ import annotations
 
 import copy
+import inspect
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers import DynamicCache, StaticCache
 
 import mono_quant
 from benchmarks import smollm2
+from mono_quant.modules.call_arguments import cache_name_among
 
 #: Tokens of the prompt, and tokens decoded before going back to it.
 PROMPT = 64
@@ -36,11 +38,19 @@ class Decoder(Protocol):
         """Read ``window`` (int64 ``[length]``) into an empty cache of its own and answer the token that follows."""
 
 
+def _cache_name(model: nn.Module) -> str:
+    """Answer the name that the transformers of ``model`` has for the argument that is a cache."""
+    name = cache_name_among(inspect.signature(model.forward).parameters)
+    assert name is not None
+    return name
+
+
 class EagerDecoder:
     """A transformers model as it is, with the cache that it makes itself."""
 
     def __init__(self, model: nn.Module, prompt: Tensor) -> None:
         self._model: Any = model
+        self._cache_name = _cache_name(model)
         self._prompt_cache = DynamicCache()
         self._first = self._next(prompt[None], self._prompt_cache)
         self._restart()
@@ -51,7 +61,7 @@ class EagerDecoder:
 
     def _next(self, ids: Tensor, cache: Any) -> Tensor:
         with torch.inference_mode():
-            out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self._model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
             token: Tensor = out.logits[:, -1:].argmax(-1)
         return token
 
@@ -71,6 +81,7 @@ class CompiledDecoder:
 
     def __init__(self, model: nn.Module, prompt: Tensor, backend: str = "inductor") -> None:
         self._model: Any = model
+        self._cache_name = _cache_name(model)
         self._compiled: Any = torch.compile(model, backend=backend, dynamic=False)
         self._prompt = prompt[None]
         config: Any = model.config
@@ -84,9 +95,8 @@ class CompiledDecoder:
 
     def _next(self, model: Any, ids: Tensor, positions: Tensor) -> Tensor:
         with torch.no_grad():
-            out = model(
-                input_ids=ids, position_ids=positions, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            )
+            kept = {self._cache_name: self._cache, "use_cache": True}
+            out = model(input_ids=ids, position_ids=positions, logits_to_keep=1, **kept)
             token: Tensor = out.logits[:, -1:].argmax(-1)
         return token
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,49 @@ def test_a_cache_of_keys_and_values_changes_nothing() -> None:
     kept = sample_tokens(model, 3, 10)
     assert all(batch["use_cache"] is False for batch in kept)
     assert torch.equal(torch.cat([batch["input_ids"] for batch in kept]), torch.cat(sample_tokens(Plain(), 3, 10)))
+
+
+class Answer(NamedTuple):
+    """Logits, and the numbers that were read so far, as a cache of either name."""
+
+    logits: Tensor
+    cache: Tensor
+    past_key_values: Tensor
+
+
+class Summing(nn.Module):
+    """Always expects the last digit of the sum of all numbers so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4)
+        self.lengths: set[int] = set()
+
+    def answer(self, ids: Tensor, read: Tensor | None) -> Answer:
+        self.lengths.add(ids.shape[1])
+        read = ids if read is None else torch.cat([read, ids], dim=1)
+        logits = 100.0 * nn.functional.one_hot(read.sum(1, keepdim=True) % 10, 10)
+        return Answer(logits.expand(-1, ids.shape[1], -1), read, read)
+
+
+class NewName(Summing):
+    def forward(self, input_ids: Tensor, cache: Tensor | None = None, use_cache: bool = False) -> Answer:
+        return self.answer(input_ids, cache)
+
+
+class OldName(Summing):
+    def forward(self, input_ids: Tensor, past_key_values: Tensor | None = None, use_cache: bool = False) -> Answer:
+        return self.answer(input_ids, past_key_values)
+
+
+@pytest.mark.parametrize("kind", [NewName, OldName])
+def test_a_cache_of_either_name_spares_reading_a_text_anew(kind: type[Summing]) -> None:
+    model = kind()
+    for batch in sample_tokens(model, 3, 6):
+        assert isinstance(batch, dict)
+        ids = batch["input_ids"]
+        assert torch.equal(ids[:, 1:], ids.cumsum(1)[:, :-1] % 10)
+    assert model.lengths == {1}
 
 
 def test_the_text_calibrates() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import pickle
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from mono_quant.modules import (
     layer_stack,
     restore_layers,
 )
+from mono_quant.modules.call_arguments import cache_name_among
 from mono_quant.ops import native
 from tests.ops.operands import same_bits
 
@@ -110,6 +112,13 @@ class Counter(TorchDispatchMode):
             self.calls += len(args[2])
         self.calls += func in self.SINGLE
         return func(*args, **kwargs or {})
+
+
+def keeping(cache: Any) -> dict[str, Any]:
+    """Answer what a model is called with to use ``cache``, under the name that this transformers has for it."""
+    name = cache_name_among(inspect.signature(LlamaForCausalLM.forward).parameters)
+    assert name is not None
+    return {name: cache, "use_cache": cache is not None}
 
 
 def logits(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, int]:
@@ -227,9 +236,7 @@ class TestBFloat16:
         growing, static = DynamicCache(), StaticCache(half.config, max_cache_len=32)
         for start, stop in ((0, 6), (6, 7), (7, 9)):
             part = ids[:, start:stop]
-            (first, calls), (second, more) = (
-                logits(half, part, past_key_values=cache, use_cache=True) for cache in (growing, static)
-            )
+            (first, calls), (second, more) = (logits(half, part, **keeping(cache)) for cache in (growing, static))
             assert (calls, more) == (2, 2)
             assert close(first, second)
         for cache in (growing, static):
@@ -239,7 +246,7 @@ class TestBFloat16:
     def test_compiled_layers_run_whole(self, half: Any, options: dict[str, Any], graph_calls: list[int]) -> None:
         compiled = torch.compile(half, backend="aot_eager", fullgraph=True)
         cache = DynamicCache()
-        answer = compiled_logits(compiled, words(), past_key_values=cache, use_cache=True)
+        answer = compiled_logits(compiled, words(), **keeping(cache))
         assert same_bits(answer, logits(half, words())[0])
         assert graph_calls == numbers(half)
         torch._dynamo.reset()
@@ -262,23 +269,23 @@ class TestCache:
         whole, _ = logits(twin, ids)
         cache = DynamicCache()
         for start, stop in ((0, 7), (7, 8), (8, 9)):
-            step, calls = logits(model, ids[:, start:stop], past_key_values=cache, use_cache=True)
+            step, calls = logits(model, ids[:, start:stop], **keeping(cache))
             assert calls == 2
             assert cache.get_seq_length() == stop
             assert cache.layers[1].keys.shape == (2, 2, stop, 6)
             assert close(step, whole[:, start:stop])
-        step, calls = logits(twin, ids[:, 9:], past_key_values=copy.deepcopy(cache), use_cache=True)
+        step, calls = logits(twin, ids[:, 9:], **keeping(copy.deepcopy(cache)))
         assert close(step, whole[:, 9:])
-        again, _ = logits(model, ids[:, 9:], past_key_values=cache, use_cache=True)
+        again, _ = logits(model, ids[:, 9:], **keeping(cache))
         assert close(again, step)
 
     def test_what_was_cropped_is_not_written_to(self, model: Any) -> None:
         cache, ids = DynamicCache(), words(1, 10)
-        logits(model, ids, past_key_values=cache, use_cache=True)
+        logits(model, ids, **keeping(cache))
         kept = cache.layers[0].keys
         before = kept.clone()
         cache.crop(-4)
-        step, calls = logits(model, ids[:, 6:7], past_key_values=cache, use_cache=True)
+        step, calls = logits(model, ids[:, 6:7], **keeping(cache))
         assert calls == 2
         assert torch.equal(kept, before)
         assert close(step[:, -1], logits(model, ids)[0][:, 6])
@@ -286,12 +293,12 @@ class TestCache:
     def test_a_static_cache_is_written_in_place(self, model: Any) -> None:
         ids, cache = words(), StaticCache(model.config, max_cache_len=32)
         whole, _ = logits(model, ids)
-        first, calls = logits(model, ids[:, :6], past_key_values=cache, use_cache=True)
+        first, calls = logits(model, ids[:, :6], **keeping(cache))
         assert calls == 2
         assert close(first, whole[:, :6])
         places = [layer.keys.data_ptr() for layer in cache.layers]
         for at in range(6, ids.shape[1]):
-            answer, calls = logits(model, ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            answer, calls = logits(model, ids[:, at : at + 1], **keeping(cache))
             assert calls == 2
             assert close(answer[:, -1], whole[:, at])
         assert [layer.keys.data_ptr() for layer in cache.layers] == places
@@ -301,7 +308,7 @@ class TestCache:
         cache = StaticCache(model.config, max_cache_len=4)
         mask = torch.ones(1, 1, 9, 4, dtype=torch.bool)
         with pytest.raises(RuntimeError, match="a cache for 4 tokens got 9 at position 0"):
-            logits(model, words(), past_key_values=cache, attention_mask=mask, use_cache=True)
+            logits(model, words(), attention_mask=mask, **keeping(cache))
 
     def test_a_cache_of_another_kind_serves_the_parts_and_that_is_said_once(
         self, model: Any, caplog: pytest.LogCaptureFixture
@@ -311,8 +318,8 @@ class TestCache:
 
         fused_layer._reported.clear()
         with caplog.at_level(logging.WARNING, "mono_quant"):
-            answer, calls = logits(model, words(), past_key_values=OtherCache(), use_cache=True)
-            logits(model, words(), past_key_values=OtherCache(), use_cache=True)
+            answer, calls = logits(model, words(), **keeping(OtherCache()))
+            logits(model, words(), **keeping(OtherCache()))
         assert calls == 0
         assert close(answer, logits(model, words())[0])
         assert sum("OtherCache" in record.message for record in caplog.records) == 1
@@ -322,9 +329,9 @@ class TestCache:
     ) -> None:
         fused_layer._reported.clear()
         cache = StaticCache(model.config, max_cache_len=20)
-        logits(model, words(2), past_key_values=cache, use_cache=True)
+        logits(model, words(2), **keeping(cache))
         with caplog.at_level(logging.WARNING, "mono_quant"), pytest.raises((RuntimeError, ValueError)):
-            logits(model, words(1), past_key_values=cache, use_cache=True)
+            logits(model, words(1), **keeping(cache))
         assert "for 2 sequences where 1 are read" in caplog.text
 
     def test_a_cache_of_another_dtype_is_named_as_the_reason(
@@ -332,11 +339,11 @@ class TestCache:
     ) -> None:
         fused_layer._reported.clear()
         cache = DynamicCache()
-        logits(model, words(), past_key_values=cache, use_cache=True)
+        logits(model, words(), **keeping(cache))
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.double(), layer.values.double()
         with caplog.at_level(logging.WARNING, "mono_quant"), contextlib.suppress(RuntimeError):
-            logits(model, words(2, 1), past_key_values=cache, use_cache=True)
+            logits(model, words(2, 1), **keeping(cache))
         assert "its cache holds torch.float64 on cpu" in caplog.text
 
 
@@ -376,10 +383,11 @@ class TestTheParts:
         assert calls == 0
         assert close(answer, wanted)
 
-    def test_hidden_states_are_those_of_every_layer(self, model: Any) -> None:
-        with torch.no_grad():
+    def test_are_not_wanted_for_hidden_states_of_every_layer(self, model: Any) -> None:
+        with torch.no_grad(), Counter() as counter:
             answer = model(words(), output_hidden_states=True)
         assert len(answer.hidden_states) == 3
+        assert counter.calls == 2
 
 
 class TestCompiled:
@@ -391,18 +399,18 @@ class TestCompiled:
     def test_layers_run_whole(self, model: Any, graph_calls: list[int]) -> None:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for cache in (None, DynamicCache()):
-            answer = compiled_logits(compiled, words(), past_key_values=cache, use_cache=cache is not None)
+            answer = compiled_logits(compiled, words(), **keeping(cache))
             assert same_bits(answer, logits(model, words())[0])
         assert graph_calls == numbers(model) * 2
 
     def test_a_static_cache_is_written_in_place(self, model: Any, graph_calls: list[int]) -> None:
         ids, cache = words(), StaticCache(model.config, max_cache_len=32)
         whole, _ = logits(model, ids)
-        logits(model, ids[:, :6], past_key_values=cache, use_cache=True)
+        logits(model, ids[:, :6], **keeping(cache))
         places = [layer.keys.data_ptr() for layer in cache.layers]
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for at in range(6, ids.shape[1]):
-            answer = compiled_logits(compiled, ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            answer = compiled_logits(compiled, ids[:, at : at + 1], **keeping(cache))
             assert close(answer[:, -1], whole[:, at])
         assert graph_calls == numbers(model) * (ids.shape[1] - 6)
         assert [layer.keys.data_ptr() for layer in cache.layers] == places
@@ -422,8 +430,8 @@ class TestCompiled:
         assert close(compiled_logits(compiled, ids), wanted)
         assert seen
         cache = StaticCache(model.config, max_cache_len=32)
-        logits(model, ids[:, :8], past_key_values=cache, use_cache=True)
-        answer = compiled_logits(compiled, ids[:, 8:], past_key_values=cache, use_cache=True)
+        logits(model, ids[:, :8], **keeping(cache))
+        answer = compiled_logits(compiled, ids[:, 8:], **keeping(cache))
         assert close(answer[:, -1], wanted[:, 8])
         assert graph_calls
 

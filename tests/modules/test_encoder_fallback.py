@@ -213,11 +213,17 @@ class TestFallingBack:
         assert reports() == ["its mask is a str"]
 
     @torch.no_grad()
-    def test_with_arguments_that_the_operator_does_not_know(self, layer: Any, x: Tensor) -> None:
+    def test_with_arguments_that_the_operator_does_not_know(self, layer: Any, x: Tensor, reports: Reports) -> None:
         for kwargs in ({"output_attentions": True}, {"is_causal": True}):
-            answer, fused = run(layer, x, **kwargs)
-            assert not fused
-            assert same_bits(answer, from_parts(layer, x, **kwargs))
+            for _ in range(2):
+                answer, fused = run(layer, x, **kwargs)
+                assert not fused
+                assert same_bits(answer, from_parts(layer, x, **kwargs))
+        assert not run(layer, x, None, x)[1]
+        assert reports() == [
+            f"it is called with {name}, which its operator does not know"
+            for name in ("output_attentions", "is_causal", "encoder_hidden_states")
+        ]
 
     @torch.no_grad()
     def test_rows_of_another_width_are_refused_by_the_layer_that_reads_them(self, layer: Any) -> None:

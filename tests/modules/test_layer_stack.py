@@ -20,7 +20,7 @@ import mono_quant
 from mono_quant import ops
 from mono_quant.modules import LayerStack, QuantizedLinear, fused_layer, layer_stack, restore_layers
 from mono_quant.ops import native
-from tests.modules.test_decoder_layer import Counter, build, close, logits, quantized, unfused, words
+from tests.modules.test_decoder_layer import Counter, build, close, keeping, logits, quantized, unfused, words
 from tests.ops.operands import same_bits
 
 pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
@@ -67,8 +67,8 @@ class TestOneCall:
             caches = [new_cache(kind, source) for _ in range(2)]
             for start, stop in ((0, 6), (6, 7), (7, 9)):
                 ids = words()[:, start:stop]
-                found, _ = logits(together, ids, past_key_values=caches[0], use_cache=True)
-                wanted, _ = logits(one_by_one, ids, past_key_values=caches[1], use_cache=True)
+                found, _ = logits(together, ids, **keeping(caches[0]))
+                wanted, _ = logits(one_by_one, ids, **keeping(caches[1]))
                 assert same_bits(found, wanted)
             for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
                 assert same_bits(a.keys, b.keys)
@@ -162,8 +162,9 @@ class TestOneByOne:
         assert calls(model, words()) == (1, 3)
 
     def test_where_hidden_states_are_asked_for_and_only_then(self, model: Any) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), Counter() as counter:
             answer = model(words(), output_hidden_states=True)
+        assert (counter.together, counter.calls) == (0, 3)
         assert len(answer.hidden_states) == 4
         assert not torch.equal(answer.hidden_states[1], answer.hidden_states[2])
         assert calls(model, words()) == (1, 3)
@@ -178,12 +179,12 @@ class TestOneByOne:
 
     def test_where_caches_of_the_layers_differ(self, model: Any, caplog: pytest.LogCaptureFixture) -> None:
         cache = DynamicCache()
-        logits(model, words(), past_key_values=cache, use_cache=True)
+        logits(model, words(), **keeping(cache))
         cache.layers[1].crop(-4)
         fused_layer._reported.clear()
         with caplog.at_level(logging.WARNING, "mono_quant"):
             for _ in range(2):
-                assert calls(model, words(2, 1), past_key_values=cache, use_cache=True) == (0, 3)
+                assert calls(model, words(2, 1), **keeping(cache)) == (0, 3)
         reason = "their caches are of several kinds or hold different numbers of tokens"
         assert caplog.messages == [f"the layers of a LlamaModel run one by one: {reason}"]
 
@@ -296,8 +297,8 @@ class TestCompiled:
         def run() -> torch.Tensor:
             cache = new_cache(kind, model)
             with torch.no_grad():
-                model(words()[:, :8], past_key_values=cache, use_cache=True)
-                answer: torch.Tensor = compiled(words()[:, 8:], past_key_values=cache, use_cache=True).logits
+                model(words()[:, :8], **keeping(cache))
+                answer: torch.Tensor = compiled(words()[:, 8:], **keeping(cache)).logits
             return answer
 
         first, seen = run(), []
@@ -316,14 +317,17 @@ class TestCompiled:
             answer = torch.compile(model, backend="aot_eager", fullgraph=True)(words(), use_cache=False).logits
         assert close(answer, wanted)
 
-    def test_a_hook_of_a_layer_is_part_of_the_graph(self, model: Any) -> None:
+    def test_a_hook_of_a_layer_is_part_of_the_graph(self, model: Any, caplog: pytest.LogCaptureFixture) -> None:
         def double(*args: Any) -> Any:
             return args[-1] * 2
 
         model.model.layers[1].register_forward_hook(double)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        with torch.no_grad():
+        fused_layer._reported.clear()
+        with torch.no_grad(), caplog.at_level(logging.WARNING, "mono_quant"):
             answer = compiled(words(), use_cache=False).logits
+        reason = "a FusedLlamaDecoderLayer in it has hooks, which want to be called"
+        assert caplog.messages == [f"the layers of a LlamaModel run one by one: {reason}"]
         assert close(answer, logits(model, words())[0])
 
     def test_exported_programs_hold_the_parts(self, model: Any) -> None:
