@@ -94,6 +94,34 @@ def test_the_environment_chooses() -> None:
     assert finished.stdout.split() == ["reference"], finished.stderr
 
 
+WHAT_RUNS = """
+import sys
+from pathlib import Path
+import torch
+from mono_quant import ops, show_config
+from mono_quant.ops import native
+
+show_config()
+ops.available_backends()
+called = set()
+sys.setprofile(lambda frame, event, _: called.add(Path(frame.f_code.co_filename).stem) if event == "call" else None)
+torch.ops.mono_quant.quantize_rows(torch.randn(3, 12))
+sys.setprofile(None)
+print("runs", *sorted(called & {"reference", "torch_cpu"}), "as", ops.get_backend(), native.is_loaded())
+"""
+
+
+@pytest.mark.parametrize(("name", "module"), [("torch", "torch_cpu"), ("reference", "reference")])
+@pytest.mark.parametrize("switch", ["0", ""])
+def test_what_the_environment_chooses_still_runs_once_other_backends_were_asked_for(
+    name: str, module: str, switch: str
+) -> None:
+    finished = run_python(WHAT_RUNS, MONO_QUANT_BACKEND=name, MONO_QUANT_NATIVE=switch)
+    assert finished.stderr == ""
+    loaded = native.LIBRARY.exists() and switch != "0"
+    assert finished.stdout.splitlines()[-1] == f"runs {module} as {name} {loaded}"
+
+
 def test_an_environment_that_names_no_backend_is_an_error_that_says_so() -> None:
     finished = run_python("import mono_quant.ops", MONO_QUANT_BACKEND="fastest")
     assert finished.returncode != 0

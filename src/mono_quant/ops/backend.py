@@ -48,12 +48,15 @@ def set_backend(name: str) -> None:
         name: ``native`` (the C++ kernels), ``torch`` (what PyTorch ships) or ``reference`` (the specification).
 
     Raises:
-        BackendError: There is no such backend, or the native library is not loaded; says why.
+        BackendError: There is no such backend, or the native library is not loaded; says why. Or the environment asks
+            for an instruction set that this machine does not have.
     """
     global _override, _current
     if name not in BACKENDS:
         raise BackendError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
-    if name == "native" and not native.is_loaded():
+    # Asked whatever the name is: a library that is loaded later would put its kernels over the ones registered below.
+    loaded = native.is_loaded()
+    if name == "native" and not loaded:
         raise BackendError(
             f"the native library is not loaded: {native.reason_not_loaded()}",
             suggestion="Install with a C++ compiler and torch present, or choose the backend 'torch'.",
