@@ -95,6 +95,8 @@ class BuildNative(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        # What an earlier build left here would be installed if this one fails.
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         try:
             self._build(ext)
         except CannotBuildError as error:
@@ -107,6 +109,9 @@ class BuildNative(build_ext):
     def copy_extensions_to_source(self) -> None:
         if not getattr(self, "skipped", False):
             super().copy_extensions_to_source()
+            return
+        for ext in self.extensions:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
         return [] if getattr(self, "skipped", False) else super().get_outputs()
