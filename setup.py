@@ -48,7 +48,7 @@ def version() -> str:
 
 def build_mode() -> str:
     """Answer what MONO_QUANT_BUILD asks for."""
-    mode = os.environ.get("MONO_QUANT_BUILD", "auto")
+    mode = os.environ.get("MONO_QUANT_BUILD") or "auto"
     if mode not in MODES:
         sys.exit(f"MONO_QUANT_BUILD={mode!r} is not one of {', '.join(MODES)}")
     return mode

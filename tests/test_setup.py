@@ -93,3 +93,15 @@ def test_a_failed_compiler_is_an_error_where_kernels_are_required(tree: Tree) ->
     done = tree.run("build", compiler="false", mode="require")
     assert done.returncode != 0
     assert "no native kernels: the compiler failed" in done.stderr
+
+
+def test_an_empty_mode_counts_as_unset(tree: Tree) -> None:
+    done = tree.run("build", mode="")
+    assert done.returncode == 0, done.stderr
+    assert tree.built() == ["built"]
+
+
+def test_an_unknown_mode_is_an_error_that_lists_the_right_ones(tree: Tree) -> None:
+    done = tree.run("build", mode="never")
+    assert done.returncode != 0
+    assert "MONO_QUANT_BUILD='never' is not one of auto, require, off" in done.stderr

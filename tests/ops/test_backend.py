@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,15 @@ def test_backends_that_were_changed_often_still_work() -> None:
                 answers.append(weight.linear(x))
     for answer in answers:
         torch.testing.assert_close(answer, answers[0], rtol=1e-6, atol=1e-6)
+
+
+def test_all_that_may_have_kept_the_library_from_being_built_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
+    reason = native._state.__wrapped__().reason
+    assert all(cause in reason for cause in ("C++ compiler", "torch", "MONO_QUANT_BUILD=off"))
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

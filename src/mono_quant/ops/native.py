@@ -25,6 +25,12 @@ LIBRARY = Path(__file__).parent.parent / "_native.so"
 SWITCH = "MONO_QUANT_NATIVE"
 ISA_VARIABLE = "MONO_QUANT_ISA"
 
+# Which of them it was, an installation does not tell.
+_NOT_BUILT = (
+    "this installation was built without native kernels (no C++ compiler or no torch at build time, a compiler that "
+    "failed, or MONO_QUANT_BUILD=off)"
+)
+
 _OPERATORS = frozenset(
     {
         "quantize_rows",
@@ -113,7 +119,7 @@ def _state() -> _State:
     if is_switched_off():
         return _State(None, f"switched off by {SWITCH}=0")
     if not LIBRARY.exists():
-        return _State(None, "this installation was built without a C++ compiler, or without torch at build time")
+        return _State(None, _NOT_BUILT)
     try:
         probe = _declare(ctypes.CDLL(str(LIBRARY)))
         found = _text(probe.mono_quant_version())
