@@ -18,6 +18,7 @@ from click.testing import CliRunner
 import mono_quant
 from mono_quant.cli import cli
 from mono_quant.cli import compare as compare_command
+from mono_quant.ops import backend, native
 from tests.cli.conftest import Run, document
 
 ROOT = Path(__file__).parents[2]
@@ -94,8 +95,8 @@ def test_warnings_are_lines_without_places_in_the_source(run: Run, monkeypatch: 
     assert "Warning: mind the gap" in result.stderr.splitlines()
 
 
-def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+def start(*arguments: str, environment: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])} | (environment or {})
     # Who is started in the background ignores Ctrl-C, and so do its children, unless they ask for the default again.
     code = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
@@ -122,6 +123,41 @@ def test_a_process_of_its_own_ends_with_the_exit_code_and_no_traceback(here: Pat
     assert (process.returncode, out) == (3, "")
     assert "Error: cannot import 'unimportable'" in err
     assert "Traceback" not in err
+
+
+WRONG_ENVIRONMENTS = [
+    ({"MONO_QUANT_BACKEND": "fastest"}, "'fastest' is not one of native, torch, reference"),
+    ({"MONO_QUANT_BACKEND": "native", "MONO_QUANT_NATIVE": "0"}, "switched off by MONO_QUANT_NATIVE=0"),
+    pytest.param(
+        {"MONO_QUANT_BACKEND": "", "MONO_QUANT_ISA": "sse9"},
+        "'sse9' is not available on this machine",
+        marks=pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded()),
+    ),
+]
+
+
+@pytest.mark.parametrize(("environment", "message"), WRONG_ENVIRONMENTS)
+def test_an_environment_that_asks_for_what_is_not_there_is_an_error_of_the_command(
+    here: Path, environment: dict[str, str], message: str
+) -> None:
+    del here
+    process = start("--help", environment=environment)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (3, "")
+    error, suggestion = err.splitlines()
+    assert error.startswith("Error: ")
+    assert message in error
+    assert suggestion.startswith("Suggestion: ")
+
+
+def test_such_an_error_can_be_a_document_or_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_refusal", mono_quant.BackendError("no such kernels", "Unset it."))
+    found = document(run("info", "m.pt", "--json", code=3))
+    assert found["error"] == {"type": "BackendError", "message": "no such kernels", "suggestion": "Unset it."}
+    result = CliRunner().invoke(cli, ["--debug", "info", "m.pt"])
+    assert result.exit_code == 3
+    assert "Traceback" in result.stderr
+    assert "Error: no such kernels\nSuggestion: Unset it.\n" in result.stderr
 
 
 SLOW = """

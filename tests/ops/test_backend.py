@@ -132,11 +132,68 @@ def test_what_the_environment_chooses_still_runs_once_other_backends_were_asked_
     assert finished.stdout.splitlines()[-1] == f"runs {module} as {name} {loaded}"
 
 
-def test_an_environment_that_names_no_backend_is_an_error_that_says_so() -> None:
-    finished = run_python("import mono_quant.ops", MONO_QUANT_BACKEND="fastest")
-    assert finished.returncode != 0
-    assert "BackendError" in finished.stderr
-    assert "'fastest' is not one of native, torch, reference" in finished.stderr
+REFUSALS = """
+import torch
+import mono_quant
+from mono_quant import ops
+
+operators = torch.ops.mono_quant
+layer = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU()).eval()
+uses = {
+    "get_backend": ops.get_backend,
+    "show_config": mono_quant.show_config,
+    "operator": lambda: operators.quantize_rows(torch.randn(3, 12)),
+    "layer": lambda: mono_quant.quantize(layer).model(torch.randn(2, 8)),
+    "block": lambda: ops.use_backend("reference").__enter__(),
+}
+for name, use in uses.items():
+    try:
+        use()
+    except mono_quant.BackendError as error:
+        print(f"{name}: {error.message} | {error.suggestion}")
+    else:
+        print(f"{name}: ran")
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "message", "suggestion"),
+    [
+        ({"MONO_QUANT_BACKEND": "fastest"}, "'fastest' is not one of native, torch, reference", "MONO_QUANT_BACKEND"),
+        (
+            {"MONO_QUANT_BACKEND": "native", "MONO_QUANT_NATIVE": "0"},
+            "switched off by MONO_QUANT_NATIVE=0",
+            "Unset MONO_QUANT_NATIVE",
+        ),
+        pytest.param(
+            {"MONO_QUANT_BACKEND": "", "MONO_QUANT_ISA": "sse9"},
+            "'sse9' is not available on this machine",
+            "MONO_QUANT_ISA",
+            marks=pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded()),
+        ),
+    ],
+)
+def test_an_environment_that_asks_for_what_is_not_there_is_an_error_of_every_use_but_not_of_the_import(
+    environment: dict[str, str], message: str, suggestion: str
+) -> None:
+    finished = run_python(REFUSALS, **environment)
+    assert finished.stderr == ""
+    lines = finished.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["get_backend", "show_config", "operator", "layer", "block"]
+    for line in lines:
+        assert message in line
+        assert suggestion in line.partition(" | ")[2]
+
+
+def test_a_call_may_choose_what_the_environment_did_not() -> None:
+    code = "from mono_quant import ops; ops.set_backend('reference'); print(ops.get_backend())"
+    assert run_python(code, MONO_QUANT_BACKEND="fastest").stdout.split() == ["reference"]
+    code = (
+        "from mono_quant import ops; ops.set_backend('torch'); ops.choose_default_backend(); print(ops.get_backend())"
+    )
+    finished = run_python(code, MONO_QUANT_BACKEND="fastest")
+    assert finished.stdout == ""
+    assert "'fastest' is not one of" in finished.stderr
 
 
 def test_the_native_library_can_be_switched_off() -> None:

@@ -19,6 +19,7 @@ from mono_quant.cli.quantize import quantize
 from mono_quant.cli.sensitivity import sensitivity
 from mono_quant.cli.validate import validate
 from mono_quant.errors import MonoQuantError, ValidationError
+from mono_quant.ops import get_backend
 
 UNEXPECTED, INPUT_ERROR, VALIDATION_FAILED, INTERRUPTED = 1, 3, 4, 130
 
@@ -63,6 +64,17 @@ Results go to standard output, everything else to standard error.
 
 class Commands(click.Group):
     """A group whose commands end with an exit code and a message instead of a traceback."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Environment variables are part of what was typed. Where they are wrong, no command should work for minutes
+        # before it says so; and options such as --help end the command while they are parsed.
+        try:
+            get_backend()
+        except MonoQuantError as error:
+            if "--debug" in args:
+                traceback.print_exc()
+            ctx.exit(_report(error, Output(as_json="--json" in args)))
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -65,7 +65,11 @@ class SystemConfig:
 
 
 def system_config() -> SystemConfig:
-    """Answer what quantized models run on, here and now."""
+    """Answer what quantized models run on, here and now.
+
+    Raises:
+        BackendError: The environment asks for a backend or an instruction set that this machine does not have.
+    """
     capabilities = _capabilities()
     return SystemConfig(
         backend=get_backend(),
@@ -88,5 +92,9 @@ def _capabilities() -> dict[str, Any]:
 
 
 def show_config() -> None:
-    """Print what quantized models run on: versions, processor, kernels and why if they are missing, threads."""
+    """Print what quantized models run on: versions, processor, kernels and why if they are missing, threads.
+
+    Raises:
+        BackendError: As :func:`system_config`.
+    """
     print(system_config())
