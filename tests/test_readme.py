@@ -40,6 +40,12 @@ def test_the_readme_has_examples() -> None:
     assert any(place.startswith("README.md") for place in EXAMPLES)
 
 
+def test_an_example_that_validates_on_inputs_shows_what_they_show() -> None:
+    validating = [code for code in EXAMPLES.values() if re.search(r"\bvalidate\([^)]*inputs=", code)]
+    assert validating
+    assert all("output_sqnr_db" in code for code in validating)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_between_documents_lead_somewhere(document: str) -> None:
     path = ROOT / document
