@@ -89,6 +89,14 @@ def test_relu_passes_a_scaling_and_gelu_does_not() -> None:
         assert _folds(model, _image_free_batch()) == expected
 
 
+def test_linear_layers_whose_own_forward_was_replaced_are_left_alone() -> None:
+    for replaced, found in (("0", {"2": ["4"]}), ("2", {}), ("4", {"0": ["2"]})):
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+        layer = model.get_submodule(replaced)
+        layer.forward = lambda x, forward=layer.forward: forward(x + 1) + 1
+        assert _folds(model, _image_free_batch()) == found
+
+
 def test_tied_weights_are_left_alone() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))

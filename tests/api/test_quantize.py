@@ -178,6 +178,44 @@ def test_every_layer_that_stays_in_float_has_its_reason() -> None:
     assert "max_norm" in reasons["4"]
 
 
+def replace_forward(module: nn.Module) -> None:
+    """Let a module answer ten times what it answered, as hooks of other libraries change what modules do."""
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: 10 * forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(32, 32), torch.randn(5, 32)),
+        (nn.Conv1d(4, 8, 3), torch.randn(2, 4, 9)),
+        (nn.Conv2d(3, 8, 3), torch.randn(2, 3, 9, 9)),
+        (nn.Embedding(20, 16), torch.arange(12)),
+        (nn.EmbeddingBag(20, 16), torch.arange(12).reshape(3, 4)),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": 16}, {"inplace": True}])
+def test_a_layer_whose_own_forward_was_replaced_stays_as_it_is(
+    layer: nn.Module, x: Tensor, options: dict[str, object]
+) -> None:
+    model = nn.ModuleDict({"layer": copy.deepcopy(layer), "other": nn.Linear(32, 32)}).eval()
+    replace_forward(model["layer"])
+    expected = model["layer"](x)
+    result = quantize(model, **options)
+    assert result.info.selected_layers == ["other"]
+    assert "its forward was replaced" in result.info.skip_reasons["layer"]
+    assert type(result.model["layer"]) is type(layer)
+    assert torch.equal(result.model["layer"](x), expected)
+
+
+def test_a_replaced_forward_is_no_reason_where_there_is_another() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)).eval()
+    replace_forward(model[1])
+    replace_forward(model[2])
+    reasons = quantize(model, skip="2").info.skip_reasons
+    assert reasons == {"1": "LayerNorm has no quantized counterpart", "2": "skip names '2'"}
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -422,6 +460,17 @@ def test_activations_are_fused_where_that_is_certain_and_come_back() -> None:
     assert type(reverted.inner[1]) is nn.GELU
     assert result.model.inner[0].activation == "gelu"
     assert torch.allclose(reverted(x), mono_quant.revert_to_standard_modules(plain.model)(x))
+
+
+def test_an_activation_whose_own_forward_was_replaced_is_not_fused() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU()).eval()
+    replace_forward(model[1])
+    result = quantize(model)
+    assert [result.model[index].activation for index in (0, 2)] == ["none", "relu"]
+    x = torch.randn(6, 16)
+    assert sqnr_db(model(x), result.model(x)) > 30
+    with pytest.raises(InputError, match="ReLU"):
+        mono_quant.fuse_pair(result.model, "0", "1")
 
 
 def test_the_copy_can_be_copied_and_moved_on() -> None:

@@ -111,6 +111,31 @@ def test_a_model_that_cannot_be_captured_says_so_in_info_and_warnings() -> None:
     assert type(example.result.model) is Decides
 
 
+def replace_forward(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda x: forward(3 * x) - x.mean()
+
+
+def test_a_graph_does_what_a_forward_does_that_was_put_in_a_layers_place() -> None:
+    model = small().eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.ReLU):
+            replace_forward(layer)
+    result = quantize(model, calibration_data=IMAGES)
+    assert result.info.not_captured is None
+    assert decibels(model(IMAGES), result.model(IMAGES)) > 25
+
+
+def test_a_layer_alone_stays_in_float_whose_forward_was_replaced() -> None:
+    model = Decides().eval()
+    replace_forward(model.conv)
+    result = quantize(model, calibration_data=IMAGES)
+    assert result.info.not_captured is not None
+    assert "its forward was replaced" in result.info.skip_reasons["conv"]
+    assert type(result.model.conv) is nn.Conv2d
+    assert decibels(model(IMAGES), result.model(IMAGES)) > 25
+
+
 @pytest.mark.parametrize(
     ("options", "reasons"),
     [

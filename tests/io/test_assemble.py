@@ -91,6 +91,13 @@ def test_a_layer_of_another_type_is_named_with_both_types(tmp_path: Path, layer:
     assert "unexpected" not in message
 
 
+def test_a_layer_whose_own_forward_was_replaced_cannot_become_a_quantized_one(tmp_path: Path) -> None:
+    for given in (build("tied"), quantized("tied")):
+        given.hidden.forward = lambda x: x
+        assert "layer 'hidden': the file holds a quantized Linear" in (message := problems(checkpoint(tmp_path), given))
+        assert "its forward was replaced" in message
+
+
 def test_a_quantized_convolution_does_not_load_into_a_linear_layer(tmp_path: Path) -> None:
     save_model(quantized("convolutions"), tmp_path / "a.safetensors")
     architecture = build("convolutions")

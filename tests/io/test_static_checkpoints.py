@@ -116,6 +116,14 @@ def test_static_layers_refuse_what_does_not_fit(layer: nn.Module, message: str, 
         load_model(tmp_path / "m.safetensors", _changed("head", layer, "layers"))
 
 
+def test_a_layer_whose_own_forward_was_replaced_cannot_become_a_static_one(tmp_path: Path) -> None:
+    made("layers").result.save(tmp_path / "m.safetensors")
+    model, _ = network("layers")
+    model.head.forward = lambda x: x
+    with pytest.raises(CheckpointError, match=r"'head': the file holds a static Linear, .* its forward was replaced"):
+        load_model(tmp_path / "m.safetensors", model)
+
+
 def test_places_that_cannot_hold_a_static_model_are_refused(tmp_path: Path) -> None:
     graph, info = made("graph").result.model, made("graph").result.info
     with pytest.raises(ConfigurationError, match="no place in the layout of transformers directories"):

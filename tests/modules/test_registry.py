@@ -65,6 +65,17 @@ def test_subclasses_are_not_swapped_by_surprise() -> None:
     assert counterpart(attention.out_proj) is None
 
 
+def test_nor_is_a_layer_whose_own_forward_was_replaced() -> None:
+    for module, expected in PAIRS:
+        forward = module.forward
+        module.forward = lambda *args, forward=forward: -forward(*args)
+        assert registry.has_own_forward(module)
+        assert counterpart(module) is None
+        assert counterpart_for_scheme(module, INT4) is None
+        del module.forward
+        assert counterpart(module) is expected
+
+
 def test_other_layers_have_none() -> None:
     for module in (nn.LayerNorm(3), nn.ReLU(), nn.Bilinear(2, 2, 2), nn.LSTM(2, 2), nn.ConvTranspose2d(2, 2, 2)):
         assert counterpart(module) is None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mono_quant.calibration.batches import Batch, tensors_in
 from mono_quant.calibration.runner import call_model, evaluating
+from mono_quant.modules import has_own_forward
 
 # Factors lie between a quarter and four times, evenly in the logarithm, in random order.
 _LARGEST_FACTOR: Final = 4.0
@@ -59,7 +60,9 @@ def find_folds(model: nn.Module, batch: Batch) -> list[Fold]:
         batch: One call of the model. A sample of it is enough, unless that does not reach every linear layer.
     """
     own = _own_weights(model)
-    linears: dict[str, nn.Module] = {name: layer for name, layer in own.items() if type(layer) is nn.Linear}
+    linears: dict[str, nn.Module] = {
+        name: layer for name, layer in own.items() if type(layer) is nn.Linear and not has_own_forward(layer)
+    }
     with evaluating(model):
         probe = _Probe(model, _shortened(model, batch), linears)
         if probe.unreached:

@@ -15,7 +15,13 @@ from mono_quant.api.names import layers_are, matches_name, require_matches, shor
 from mono_quant.api.options import Options, Selector
 from mono_quant.core.layer_scheme import WEIGHT_ONLY, LayerScheme
 from mono_quant.errors import ConfigurationError, QuantizationError
-from mono_quant.modules import QuantizedModule, counterpart_for_scheme
+from mono_quant.modules import (
+    REPLACED_FORWARD,
+    QuantizedModule,
+    counterpart_for_scheme,
+    counterpart_of_type,
+    has_own_forward,
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ def _consider(name: str, module: nn.Module, options: Options, tied: bool) -> Can
     scheme = options.scheme_for(torch.Size((0, 0)), options.bits, weight_only_possible=False)
     quantized_type = counterpart_for_scheme(module, scheme)
     if quantized_type is None:
-        return _reason_without_counterpart(float_type)
+        return _reason_without_counterpart(module)
     if not weight.is_floating_point():
         return f"its weight holds {weight.dtype}, not floating-point numbers"
     if "weight" not in module._parameters and not is_parametrized(module, "weight"):
@@ -173,7 +179,10 @@ def _scheme(name: str, module: nn.Module, options: Options, bits: int, tied: boo
         raise ConfigurationError(f"layer {name!r}: {error.message}", suggestion=error.suggestion) from None
 
 
-def _reason_without_counterpart(float_type: type[nn.Module]) -> str:
+def _reason_without_counterpart(module: nn.Module) -> str:
+    float_type = type_before_parametrizations(module)
+    if has_own_forward(module) and counterpart_of_type(float_type) is not None:
+        return REPLACED_FORWARD
     for base in float_type.__mro__[1:]:
         if issubclass(base, nn.Module) and base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding):
             return (

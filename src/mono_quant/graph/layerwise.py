@@ -24,6 +24,7 @@ from mono_quant.graph.layers.layer import build_layer
 from mono_quant.graph.layers.linear import StaticLinear
 from mono_quant.graph.observe import ChannelMean
 from mono_quant.graph.options import StaticOptions, StaticReport
+from mono_quant.modules import REPLACED_FORWARD, has_own_forward
 
 # By exact type: a subclass may do something else with its weight.
 _TYPES: Final = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -174,6 +175,8 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _objection(module: nn.Module) -> str | None:
+    if has_own_forward(module):
+        return REPLACED_FORWARD
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"its padding mode is {module.padding_mode}"
     if isinstance(getattr(module, "padding", 0), str) and module.padding != "valid":

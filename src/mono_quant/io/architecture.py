@@ -13,7 +13,13 @@ from torch.nn.parameter import is_lazy
 from mono_quant.core.layer_scheme import INT8_STATIC, WEIGHT_ONLY
 from mono_quant.io.contents import float_type_name
 from mono_quant.io.header import CheckpointHeader, LayerRecord
-from mono_quant.modules import QuantizedModule, WeightOnlyLinear, counterpart_for_scheme
+from mono_quant.modules import (
+    REPLACED_FORWARD,
+    QuantizedModule,
+    WeightOnlyLinear,
+    counterpart_for_scheme,
+    has_own_forward,
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ def _place(blueprint: Blueprint, modules: Mapping[str, nn.Module], name: str, re
     module = modules.get(name)
     if module is None:
         return f"{found}, the architecture has no such module"
+    if has_own_forward(module):
+        return f"{found}, the architecture has a {type(module).__name__} that stays as it is: {REPLACED_FORWARD}"
     # A float16 weight needs nothing of its layer's type but a place; still, only a counterpart can compute with it.
     quantized_type = _quantized_type(module, record)
     if quantized_type is None:

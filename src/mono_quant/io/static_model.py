@@ -24,7 +24,7 @@ from mono_quant.graph import (
 from mono_quant.io.checkpoint import Checkpoint
 from mono_quant.io.header import LayerRecord
 from mono_quant.io.static_record import StaticRecord
-from mono_quant.modules import QuantizedModule
+from mono_quant.modules import REPLACED_FORWARD, QuantizedModule, has_own_forward
 
 _WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -111,6 +111,8 @@ def with_static_layers(checkpoint: Checkpoint, architecture: nn.Module) -> nn.Mo
             problems.append(f"{found}, the architecture has no such module")
         elif isinstance(module, QuantizedModule) or type(module).__name__ != record.float_type:
             problems.append(f"{found}, the architecture has a {type(module).__name__}")
+        elif has_own_forward(module):
+            problems.append(f"{found}, the architecture has one that stays as it is: {REPLACED_FORWARD}")
     if problems:
         raise _misfit(checkpoint, problems, architecture)
     expected = _require_described(checkpoint)

@@ -33,7 +33,14 @@ from mono_quant.modules.fusion import (
 from mono_quant.modules.layer_stack import LayerStack, fuse_layers
 from mono_quant.modules.linear import QuantizedLinear, quantize_linear_module
 from mono_quant.modules.packed import PackedWeight, mark_layers_that_share, mark_shared
-from mono_quant.modules.registry import counterpart, counterpart_for_scheme, register
+from mono_quant.modules.registry import (
+    REPLACED_FORWARD,
+    counterpart,
+    counterpart_for_scheme,
+    counterpart_of_type,
+    has_own_forward,
+    register,
+)
 from mono_quant.modules.revert import revert_to_standard_modules, standard_modules
 from mono_quant.modules.transformer import disable_fused_path, restore_fused_path
 from mono_quant.modules.weight_only import WeightOnlyLinear, quantize_linear_module_int4
@@ -54,15 +61,18 @@ __all__ = [
     "QuantizedEmbeddingBag",
     "QuantizedLinear",
     "QuantizedModule",
+    "REPLACED_FORWARD",
     "WeightOnlyLinear",
     "counterpart",
     "counterpart_for_scheme",
+    "counterpart_of_type",
     "disable_fused_path",
     "fuse_activations",
     "fuse_layers",
     "fuse_pair",
     "fuse_saved_pair",
     "fused_pairs",
+    "has_own_forward",
     "mark_layers_that_share",
     "mark_shared",
     "quantize_conv1d_module",

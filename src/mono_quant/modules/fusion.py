@@ -69,7 +69,7 @@ def register_activation(qualified_name: str, name_of: Callable[[nn.Module], str 
 
 def activation_name(module: nn.Module) -> str | None:
     """Answer the operators' name of what ``module`` computes, or ``None`` if they cannot compute it."""
-    if _has_hooks(module):
+    if _has_hooks(module) or "forward" in module.__dict__:
         return None
     kind = type(module)
     if kind is nn.ReLU:

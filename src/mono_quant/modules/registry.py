@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -12,11 +14,15 @@ from mono_quant.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingB
 from mono_quant.modules.linear import QuantizedLinear
 from mono_quant.modules.weight_only import WeightOnlyLinear
 
-# By exact type: a subclass may compute something else with its weight, and is never swapped by surprise. Types of
-# optional libraries are registered by their qualified name, so that the library need not be imported.
+# By exact type: a subclass may compute something else with its weight, and is never swapped by surprise; nor is a layer
+# whose own forward was replaced. Types of optional libraries are registered by their qualified name, so that the
+# library need not be imported.
 _BY_TYPE: dict[type[nn.Module], type[QuantizedModule]] = {}
 _BY_NAME: dict[str, type[QuantizedModule]] = {}
 _WEIGHT_ONLY: dict[type[nn.Module], type[QuantizedModule]] = {nn.Linear: WeightOnlyLinear}
+
+#: Why nothing stands in for a layer of which :func:`has_own_forward` is true.
+REPLACED_FORWARD: Final = "its forward was replaced on the layer itself, and may use the weight in another way"
 
 
 def register(float_type: type[nn.Module] | str, quantized_type: type[QuantizedModule]) -> None:
@@ -38,14 +44,28 @@ def _float_type(module: nn.Module) -> type[nn.Module]:
     return float_type
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Say whether ``forward`` was replaced on this very module, as libraries do that move or log what it computes.
+
+    Like a subclass, it may compute something else; a layer in its place would drop what it does.
+    """
+    return "forward" in module.__dict__
+
+
+def counterpart_of_type(float_type: type[nn.Module]) -> type[QuantizedModule] | None:
+    """Answer the class that can stand in for modules of a type in 8 bits or float16, or ``None``."""
+    return _BY_TYPE.get(float_type) or _BY_NAME.get(f"{float_type.__module__}.{float_type.__qualname__}")
+
+
 def counterpart(module: nn.Module) -> type[QuantizedModule] | None:
     """Answer the class that can stand in for ``module`` in 8 bits or float16, or ``None``."""
-    float_type = _float_type(module)
-    return _BY_TYPE.get(float_type) or _BY_NAME.get(f"{float_type.__module__}.{float_type.__qualname__}")
+    return None if has_own_forward(module) else counterpart_of_type(_float_type(module))
 
 
 def counterpart_for_scheme(module: nn.Module, scheme: LayerScheme) -> type[QuantizedModule] | None:
     """Answer the class that can stand in for ``module`` in ``scheme``, or ``None``."""
+    if has_own_forward(module):
+        return None
     if scheme.kind == WEIGHT_ONLY:
         return _WEIGHT_ONLY.get(_float_type(module))
     if scheme.kind == BFLOAT16 and _float_type(module) is not nn.Linear:
