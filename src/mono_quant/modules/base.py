@@ -188,8 +188,7 @@ class QuantizedModule(nn.Module):
         """The weight as a :class:`QuantizedTensor` (float16 layers: the float16 tensor)."""
         if self.weight_scale is None:
             return self.codes
-        zero_point = None if self.weight_zero_point is None else self.weight_zero_point.reshape(-1)
-        return QuantizedTensor(self.codes, self.weight_scale.reshape(-1), zero_point, axis=0)
+        return _with_scale(self.codes, self.weight_scale, self.weight_zero_point)
 
     @property
     def weight(self) -> Tensor:
@@ -240,6 +239,17 @@ class QuantizedModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _with_scale(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> QuantizedTensor:
+    return QuantizedTensor(codes, scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1), axis=0)
+
+
+def dequantize_codes(codes: Tensor | None, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+    """Answer a weight in float32 from the tensors that an int8 layer stores."""
+    assert codes is not None
+    assert scale is not None
+    return _with_scale(codes, scale, zero_point).dequantize()
 
 
 def storage_dtype(scheme: LayerScheme) -> torch.dtype:

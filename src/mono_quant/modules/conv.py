@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import grad
 
 from mono_quant.core.layer_scheme import LayerScheme
 from mono_quant.core.mappers import QINT8
 from mono_quant.errors import InputError
-from mono_quant.modules.base import QuantizedModule, require_module, scheme_from_dtype
+from mono_quant.modules.base import QuantizedModule, dequantize_codes, require_module, scheme_from_dtype
+from mono_quant.modules.gradients import Product, Stored, are_recorded, straight_through
 
 # What the float layer's own code, its subclasses' readers and its extra_repr know of it.
 _GEOMETRY: Final = (
@@ -30,12 +33,56 @@ _GEOMETRY: Final = (
 )
 
 _CONVOLUTIONS: Final[tuple[Callable[..., Tensor], ...]] = (F.conv1d, F.conv2d, F.conv3d)
+_BACK: Final[tuple[Callable[..., Tensor], ...]] = (grad.conv1d_input, grad.conv2d_input, grad.conv3d_input)
 
 
 def _copy_geometry(source: nn.Module, target: nn.Module) -> None:
     for name in _GEOMETRY:
         value = getattr(source, name)
         setattr(target, name, list(value) if isinstance(value, list) else value)
+
+
+def _convolve_half(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    """Convolve with a float16 weight in float32; ``geometry`` is stride, padding, dilation and groups."""
+    convolve = _CONVOLUTIONS[weight.dim() - 3]
+    return convolve(x.float(), weight.float(), None if bias is None else bias.float(), *geometry).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Convolution(Product):
+    """``conv_dynamic`` on codes, scales and zero points; in float32 on a float16 weight, without scales."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    channel_dim: ClassVar[int] = 1
+
+    def compute(self, x: Tensor, bias: Tensor | None, stored: Stored, activation: str) -> Tensor:
+        codes, scale, zero_point = stored
+        assert codes is not None
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        if scale is None:
+            return _convolve_half(x, codes, bias, *geometry)
+        out: Tensor = torch.ops.mono_quant.conv_dynamic(x, codes, scale, zero_point, bias, *geometry)
+        return out
+
+    def weight(self, stored: Stored) -> Tensor:
+        codes, scale, zero_point = stored
+        assert codes is not None
+        return codes.float() if scale is None else dequantize_codes(codes, scale, zero_point)
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        convolve = _CONVOLUTIONS[weight.dim() - 3]
+        return convolve(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def multiply_back(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        back = _BACK[weight.dim() - 3]
+        return back(list(shape), weight, gradient, self.stride, self.padding, self.dilation, self.groups)
+
+    def map_batch(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return torch.unflatten(function(x.flatten(0, 1)), 0, x.shape[:2])
 
 
 class _QuantizedConv(QuantizedModule):
@@ -112,16 +159,16 @@ class _QuantizedConv(QuantizedModule):
         self._check_input(input, spatial)
         x = input if input.dim() == spatial + 2 else input.unsqueeze(0)
         x, padding = self._padded(x)
-        if self.weight_scale is None:
-            convolve = _CONVOLUTIONS[spatial - 1]
-            bias = None if self.bias is None else self.bias.float()
-            out = convolve(x.float(), self.codes.float(), bias, self.stride, padding, self.dilation, self.groups)
-            out = out.to(x.dtype)
+        bias, codes, scale = self.bias, self.codes, self.weight_scale
+        if are_recorded(x, bias):
+            product = _Convolution(self.stride, padding, self.dilation, self.groups)
+            out = straight_through(product, x, bias, (codes, scale, self.weight_zero_point))
+        elif scale is None:
+            out = _convolve_half(x, codes, bias, self.stride, padding, self.dilation, self.groups)
         else:
             out = torch.ops.mono_quant.conv_dynamic(
-                x, self.codes, self.weight_scale, self.weight_zero_point, self.bias, self.stride, padding,
-                self.dilation, self.groups,
-            )  # fmt: skip
+                x, codes, scale, self.weight_zero_point, bias, self.stride, padding, self.dilation, self.groups
+            )
         return out if input.dim() == spatial + 2 else out.squeeze(0)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -9,11 +10,65 @@ from torch import Tensor, nn
 
 from mono_quant.core.layer_scheme import BFLOAT16, LayerScheme
 from mono_quant.core.mappers import QINT8
-from mono_quant.modules.base import require_module, scheme_from_dtype
+from mono_quant.modules.base import dequantize_codes, require_module, scheme_from_dtype
 from mono_quant.modules.bfloat16 import linear_bfloat16
 from mono_quant.modules.fusing_parent import activates_here
+from mono_quant.modules.gradients import Product, Stored, are_recorded, straight_through
 from mono_quant.modules.inputs import FLOATS, forward_other
 from mono_quant.modules.packed import PackedWeight
+
+
+@dataclass(frozen=True)
+class _PlainProduct(Product):
+    """``linear_dynamic`` on codes, scales and zero points."""
+
+    def compute(self, x: Tensor, bias: Tensor | None, stored: Stored, activation: str) -> Tensor:
+        codes, scale, zero_point = stored
+        out: Tensor = torch.ops.mono_quant.linear_dynamic.default(x, codes, scale, zero_point, bias, activation)
+        return out
+
+    def weight(self, stored: Stored) -> Tensor:
+        return dequantize_codes(*stored)
+
+
+@dataclass(frozen=True)
+class _PackedProduct(Product):
+    """``linear_dynamic_packed`` on tiles, column sums, scales and zero points."""
+
+    out_features: int
+    in_features: int
+
+    def compute(self, x: Tensor, bias: Tensor | None, stored: Stored, activation: str) -> Tensor:
+        tiles, column_sum, scale, zero_point = stored
+        out: Tensor = torch.ops.mono_quant.linear_dynamic_packed.default(
+            x, tiles, column_sum, scale, zero_point, bias, self.out_features, activation
+        )
+        return out
+
+    def weight(self, stored: Stored) -> Tensor:
+        tiles, _, scale, zero_point = stored
+        codes = torch.ops.mono_quant.unpack_weight(tiles, self.out_features, self.in_features)
+        return dequantize_codes(codes, scale, zero_point)
+
+
+@dataclass(frozen=True)
+class _FloatProduct(Product):
+    """``linear_half`` or :func:`linear_bfloat16` on a weight of 16 bits."""
+
+    kind: str
+
+    def compute(self, x: Tensor, bias: Tensor | None, stored: Stored, activation: str) -> Tensor:
+        (weight,) = stored
+        assert weight is not None
+        if self.kind == BFLOAT16:
+            return linear_bfloat16(x, weight, bias, activation)
+        out: Tensor = torch.ops.mono_quant.linear_half(x, weight, bias)
+        return out
+
+    def weight(self, stored: Stored) -> Tensor:
+        (weight,) = stored
+        assert weight is not None
+        return weight.float()
 
 
 class QuantizedLinear(PackedWeight):
@@ -99,6 +154,8 @@ class QuantizedLinear(PackedWeight):
         buffers = self._buffers
         scale = buffers.get("weight_scale")
         bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401 (reads the attribute only then)
+        if are_recorded(input, bias):
+            return self._forward_with_gradient(input, bias)
         if scale is None:
             if self.scheme.kind == BFLOAT16:
                 return linear_bfloat16(input, self.codes, self.bias, self.activation_now)
@@ -116,6 +173,18 @@ class QuantizedLinear(PackedWeight):
             input, tiles, column_sum, scale, zero_point, bias, self.out_features, self.activation_now
         )
         return out
+
+    def _forward_with_gradient(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        buffers = self._buffers
+        scale, zero_point = buffers.get("weight_scale"), buffers.get("weight_zero_point")
+        if scale is None:
+            return straight_through(_FloatProduct(self.scheme.kind), input, bias, (self.codes,), self.activation_now)
+        packed = self._packed_weight()
+        if packed is None:
+            stored = (self._buffers["weight"], scale, zero_point)
+            return straight_through(_PlainProduct(), input, bias, stored, self.activation_now)
+        product = _PackedProduct(self.out_features, self.in_features)
+        return straight_through(product, input, bias, (*packed, scale, zero_point), self.activation_now)
 
     def _matrix_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

@@ -57,6 +57,8 @@ class PackedWeight(QuantizedModule):
             and codes.device.type == "cpu"
             and type(codes) is Tensor  # tracers run layers on tensors of their own kinds
             and codes.numel() > 0
+            # What is made inside a transform of torch.func belongs to it, and is of no use once that is over.
+            and torch._C._functorch.peek_interpreter_stack() is None
             and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         )
 

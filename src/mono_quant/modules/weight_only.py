@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
@@ -13,8 +14,32 @@ from mono_quant.core.quantized_tensor import QuantizedTensor
 from mono_quant.core.quantizers import quantize_weight_groupwise
 from mono_quant.errors import ConfigurationError, InputTypeError
 from mono_quant.modules.base import QuantizedModule, ordinary_tensors, require_module
+from mono_quant.modules.gradients import Product, Stored, are_recorded, straight_through
 from mono_quant.modules.inputs import FLOATS, forward_other
 from mono_quant.modules.linear import build_linear
+
+
+@dataclass(frozen=True)
+class _WeightOnlyProduct(Product):
+    """``linear_weight_only`` on packed codes, scales and zero points."""
+
+    in_features: int
+    bits: int
+    group_size: int
+
+    def compute(self, x: Tensor, bias: Tensor | None, stored: Stored, activation: str) -> Tensor:
+        packed, scale, zero_point = stored
+        out: Tensor = torch.ops.mono_quant.linear_weight_only.default(
+            x, packed, scale, zero_point, bias, self.in_features, self.bits, self.group_size
+        )
+        return out
+
+    def weight(self, stored: Stored) -> Tensor:
+        packed, scale, zero_point = stored
+        assert packed is not None
+        assert scale is not None
+        codes = unpack_int32(packed, self.bits, self.in_features)
+        return QuantizedTensor(codes, scale, zero_point, 0, self.group_size, self.bits).dequantize()
 
 
 class WeightOnlyLinear(QuantizedModule):
@@ -99,6 +124,10 @@ class WeightOnlyLinear(QuantizedModule):
             return forward_other(self, input, self.in_features)
         buffers = self._buffers
         bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401 (reads the attribute only then)
+        if are_recorded(input, bias):
+            stored = (buffers["weight_packed"], buffers["weight_scale"], buffers.get("weight_zero_point"))
+            product = _WeightOnlyProduct(self.in_features, self.scheme.bits, self.group_size)
+            return straight_through(product, input, bias, stored)
         out: Tensor = torch.ops.mono_quant.linear_weight_only.default(
             input, buffers["weight_packed"], buffers["weight_scale"], buffers.get("weight_zero_point"),
             bias, self.in_features, self.scheme.bits, self.group_size,
