@@ -12,10 +12,11 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mono_quant import ops
 from mono_quant.modules import QuantizedLinear, packed
-from tests.modules.layers import SYMMETRIC, quantize
+from tests.modules.layers import ASYMMETRIC, SYMMETRIC, quantize
 from tests.spawning import SpawnedChild
 
 needs_native = pytest.mark.skipif(ops.get_backend() != "native", reason="only native kernels have tiles")
@@ -83,3 +84,20 @@ def test_a_process_forked_while_another_thread_packs_can_pack() -> None:
             assert isinstance(layer, QuantizedLinear)
             os._exit(0 if layer._pack()[0].numel() else 1)
     assert os.waitpid(process, 0)[1] == 0
+
+
+@pytest.mark.parametrize("backend", ops.available_backends())
+def test_functional_call_takes_the_state_of_a_layer_before_and_after_it_ran(backend: str) -> None:
+    with ops.use_backend(backend):
+        layer, other = (quantize(nn.Linear(70, 18), ASYMMETRIC) for _ in range(2))
+        x = torch.randn(2, 70)
+        theirs = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        expected = copy.deepcopy(layer)(x), copy.deepcopy(other)(x)
+        for _ in range(2):
+            for _ in range(2):
+                assert torch.equal(functional_call(layer, dict(layer.state_dict()), (x,)), expected[0])
+                assert torch.equal(functional_call(layer, theirs, (x,)), expected[1])
+            assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in theirs.items())
+            assert set(layer.state_dict()) == set(theirs)
+            assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected[0])
+            assert torch.equal(layer(x), expected[0])

@@ -153,7 +153,9 @@ class QuantizedLinear(PackedWeight):
         # Not by attribute: nn.Module finds a buffer only after it has looked everywhere else.
         buffers = self._buffers
         scale = buffers.get("weight_scale")
-        bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401 (reads the attribute only then)
+        bias = buffers.get("bias")
+        if bias is None:
+            bias = self.bias  # there is none, or someone made it a parameter
         if are_recorded(input, bias):
             return self._forward_with_gradient(input, bias)
         if scale is None:

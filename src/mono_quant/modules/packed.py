@@ -19,6 +19,36 @@ _PACKED: Final = ("packed_weight", "column_sum")
 _lock = ForkSafeLock()
 
 
+class _PackedBuffers(dict[str, Tensor | None]):
+    """Buffers of a packed layer, in which ``weight`` can be read and replaced although tiles stand in its place.
+
+    ``torch.func.functional_call`` does both, going around the layer's attributes: it puts given tensors into the dict
+    and afterwards those back that it found there. Whoever iterates sees what is stored.
+
+    Args:
+        buffers: What is stored.
+        plain: Answers the plain layout of tiles.
+    """
+
+    def __init__(self, buffers: Mapping[str, Tensor | None], plain: Callable[[Tensor | None], Tensor]) -> None:
+        super().__init__(buffers)
+        self._plain = plain
+
+    def __contains__(self, name: object) -> bool:
+        return name == "weight" or super().__contains__(name)
+
+    def __missing__(self, name: str) -> Tensor:
+        if name != "weight":
+            raise KeyError(name)
+        return self._plain(self["packed_weight"])
+
+    def __setitem__(self, name: str, tensor: Tensor | None) -> None:
+        if name == "weight":
+            for packed in _PACKED:
+                self.pop(packed, None)
+        super().__setitem__(name, tensor)
+
+
 class PackedWeight(QuantizedModule):
     """A layer with an int8 matrix that moves into the kernels' tiles when it first runs on the native backend.
 
@@ -74,7 +104,8 @@ class PackedWeight(QuantizedModule):
             assert isinstance(packed, Tensor)
             others = {name: tensor for name, tensor in self._buffers.items() if name != "weight"}
             self._non_persistent_buffers_set = self._non_persistent_buffers_set.union(_PACKED)
-            self._buffers = {**others, "column_sum": column_sum, "packed_weight": packed}
+            tiles: dict[str, Tensor | None] = {"column_sum": column_sum, "packed_weight": packed}
+            self._buffers = _PackedBuffers({**others, **tiles}, self._unpacked)
             return packed, column_sum
 
     def unpack(self) -> None:
@@ -132,8 +163,8 @@ class PackedWeight(QuantizedModule):
             # A spawned process maps the very tensors that are pickled, after pickling is over: they must live on.
             self.unpack()
         state = dict(self.__dict__)
-        if "packed_weight" in state["_buffers"]:
-            state["_buffers"] = self._plain(state["_buffers"])
+        buffers = state["_buffers"]
+        state["_buffers"] = self._plain(buffers) if "packed_weight" in buffers else dict(buffers)
         return state
 
 
