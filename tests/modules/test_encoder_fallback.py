@@ -80,6 +80,10 @@ STATES: dict[str, tuple[Callable[[Any], object], str | None]] = {
     "float layer": (
         lambda layer: setattr(layer.output, "dense", nn.Linear(70, 36)), "output.dense is not an int8 linear layer",
     ),
+    "trainable bias": (
+        lambda layer: setattr(layer.output.dense, "bias", nn.Parameter(torch.randn(36))),
+        "output.dense has a bias that is a parameter",
+    ),
     "other norm": (
         lambda layer: setattr(layer.output, "LayerNorm", nn.RMSNorm(36)),
         "output.LayerNorm is not a layer norm over rows",

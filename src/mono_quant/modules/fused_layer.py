@@ -307,6 +307,8 @@ def _why_not_linear(linear: nn.Module, activated: bool, layout: LayerLayout) -> 
     if not few_bits and (type(linear) is not QuantizedLinear or linear.scheme.kind != INT8_DYNAMIC):
         return "is not an int8 linear layer"
     assert isinstance(linear, QuantizedLinear | WeightOnlyLinear)
+    if any(parameter is not None for parameter in linear._parameters.values()):
+        return "has a bias that is a parameter"
     bias = linear._buffers.get("bias")
     if bias is not None and bias.dtype not in _BIASES:
         return f"has a bias of {bias.dtype}"
