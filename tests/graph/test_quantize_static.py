@@ -14,6 +14,7 @@ from mono_quant.errors import InputError, QuantizationError
 from mono_quant.graph import StaticGraph, StaticOptions, quantize_static
 from mono_quant.graph.layers.conv import QuantizedConvolution
 from mono_quant.graph.layers.elementwise import Quantize
+from mono_quant.modules import fused_layer
 from tests.graph.conftest import Example, decibels, example_of, leaves
 from tests.graph.networks import small
 
@@ -249,3 +250,25 @@ def test_the_input_is_quantized_once_for_all_its_users() -> None:
     assert sum(isinstance(module, Quantize) for module in quantized.modules()) == 1
     with torch.no_grad():
         assert decibels(model(x), quantized(x)) > 30
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("captured", [True, False])
+def test_gradients_that_end_at_static_layers_are_reported_once(
+    captured: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fused_layer, "_reported", set())
+    caplog.set_level("WARNING", logger="mono_quant")
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    data = [torch.randn(4, 8)]
+    static, _ = quantize_static(model, data, StaticOptions(capture=captured))
+    x = torch.randn(2, 8)
+    static(x)
+    with torch.no_grad():
+        static(x.clone().requires_grad_())
+    assert caplog.messages == []
+    for _ in range(2):
+        static(x.clone().requires_grad_())
+        torch.func.jvp(static, (x,), (x,))
+    assert len(caplog.messages) == 1
+    assert "pass no gradient" in caplog.messages[0]

@@ -20,7 +20,7 @@ from mono_quant.graph.layers import KINDS, Layer
 from mono_quant.graph.layers.checks import require_sound
 from mono_quant.graph.layers.conv import ConvSpec, QuantizedConvolution
 from mono_quant.graph.layers.elementwise import OutputSpec, Quantize
-from mono_quant.graph.layers.layer import build_layer
+from mono_quant.graph.layers.layer import build_layer, report_lost_gradients
 from mono_quant.graph.layers.linear import StaticLinear
 from mono_quant.graph.observe import ChannelMean
 from mono_quant.graph.options import StaticOptions, StaticReport
@@ -39,7 +39,7 @@ _GEOMETRY: Final = (
 class StaticLayer(nn.Module):
     """Stands in for one float layer: quantizes the input with a fixed scale, computes in 8 bits, answers floats.
 
-    It has the float layer's attributes, hooks, and its ``weight`` as it reads after rounding.
+    It has the float layer's attributes, hooks, and its ``weight`` as it reads after rounding. Gradients end here.
 
     Args:
         layer: The 8-bit layer, which answers float32.
@@ -100,6 +100,7 @@ class StaticLayer(nn.Module):
         return float_layer.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        report_lost_gradients((input,))
         single = self.dims is not None and input.dim() == self.dims - 1
         out: Tensor = self.layer(self.quantize(input.unsqueeze(0) if single else input))
         return (out.squeeze(0) if single else out).to(input.dtype)

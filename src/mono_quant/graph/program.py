@@ -14,7 +14,7 @@ from mono_quant.errors import CheckpointError, InputError, MonoQuantError
 from mono_quant.graph.fused import FusedRun, fuse_steps
 from mono_quant.graph.layers import KINDS, Layer
 from mono_quant.graph.layers.checks import require_sound
-from mono_quant.graph.layers.layer import build_layer
+from mono_quant.graph.layers.layer import build_layer, report_lost_gradients
 from mono_quant.locks import ForkSafeLock
 from mono_quant.ops import get_backend
 
@@ -81,6 +81,7 @@ class StaticGraph(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         values: list[Any] = [None] * self._values
         given = self._bind(args, kwargs)
+        report_lost_gradients(given)
         values[: len(self.input_names)] = given
         name = ""
         runs = self._fused_runs(given)

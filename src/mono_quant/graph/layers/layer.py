@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, ClassVar, Final, Self
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.errors import CheckpointError
+from mono_quant.modules.fused_layer import report_once
+from mono_quant.modules.gradients import are_recorded
 
 _DTYPES: Final = {
     str(dtype).removeprefix("torch."): dtype
@@ -84,3 +87,12 @@ def build_layer(description: dict[str, Any], kinds: dict[str, type[Layer]]) -> L
             f"the description of a static graph holds a layer that this version cannot build: {error!r}",
             suggestion="Load it with the version of mono_quant that wrote it.",
         ) from error
+
+
+def report_lost_gradients(inputs: Iterable[object]) -> None:
+    """Warn once if a derivative with respect to one of ``inputs`` is recorded: codes pass none on."""
+    if any(isinstance(x, Tensor) and are_recorded(x, None) for x in inputs):
+        report_once(
+            "statically quantized layers pass no gradient to their input; quantize without calibration_data for a "
+            "model that does"
+        )
