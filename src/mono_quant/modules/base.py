@@ -27,8 +27,8 @@ class QuantizedModule(nn.Module):
 
     Its buffers are named and laid out as in a checkpoint: ``weight`` (int8 codes, or float16), ``weight_scale``
     (float32) and, when asymmetric, ``weight_zero_point`` (int8), with one entry per output channel and as many
-    dimensions as the weight; ``bias`` stays in the float dtype that it had. There are no parameters: these layers are
-    for inference.
+    dimensions as the weight; ``bias`` stays in the float dtype that it had. There are no parameters: gradients pass
+    through to the input (:mod:`mono_quant.modules.gradients`), and weights get none.
 
     Attributes:
         scheme: How the layer is quantized.
