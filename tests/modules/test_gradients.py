@@ -371,17 +371,47 @@ class TestSurroundings:
 def test_a_quantized_bert_passes_the_gradient_of_the_float_model_on() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
-    )
+        vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        attn_implementation="eager",
+    )  # fmt: skip
     model = transformers.BertModel(config).eval()
-    small = mono_quant.quantize(model).model
+    result = mono_quant.quantize(model)
+    small = result.model
+    assert len(result.info.fused_layers) == 2
     embedded, direction = torch.randn(2, 7, 64), torch.randn(2, 7, 64)
 
     def run(of: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: of(inputs_embeds=x).last_hidden_state
 
+    def assert_close(actual: Tensor, expected: Tensor) -> None:
+        assert F.cosine_similarity(actual.flatten(), expected.flatten(), dim=0) > 0.99
+
     for backend in ops.available_backends():
         with ops.use_backend(backend):
-            actual = gradient(run(small), embedded, direction)
-        expected = gradient(run(model), embedded, direction)
-        assert F.cosine_similarity(actual.flatten(), expected.flatten(), dim=0) > 0.99
+            assert_close(gradient(run(small), embedded, direction), gradient(run(model), embedded, direction))
+            with torch.no_grad():  # where nothing but tangents keeps layers from running whole
+                ours, theirs = (jvp(run(of), (embedded,), (direction,))[1] for of in (small, model))
+            assert_close(ours, theirs)
+
+
+def test_functional_call_takes_the_state_of_a_bert_that_runs_whole() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128
+    )
+    small = mono_quant.quantize(transformers.BertModel(config).eval()).model
+    embedded, state = torch.randn(2, 7, 64), dict(small.state_dict())
+    name = "encoder.layer.0.output.dense.bias"
+
+    def run(bias: Tensor) -> Tensor:
+        answer = functional_call(small, {**state, name: bias}, (), {"inputs_embeds": embedded})
+        hidden: Tensor = answer.last_hidden_state
+        return hidden
+
+    with torch.no_grad():
+        expected = small(inputs_embeds=embedded).last_hidden_state
+        for _ in range(2):
+            torch.testing.assert_close(run(state[name]), expected)
+            torch.testing.assert_close(small(inputs_embeds=embedded).last_hidden_state, expected)
+        assert not torch.allclose(run(torch.randn(64)), expected)
+    assert grad(lambda bias: run(bias).pow(3).sum())(state[name]).abs().max() > 0

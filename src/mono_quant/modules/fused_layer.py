@@ -22,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from mono_quant.core.layer_scheme import INT8_DYNAMIC
 from mono_quant.modules.exchanged_class import ExchangedClass, qualified_name
 from mono_quant.modules.fusion import FusedActivation, activation_name
+from mono_quant.modules.gradients import are_recorded
 from mono_quant.modules.layer_operands import Operands, Setting, gather
 from mono_quant.modules.linear import QuantizedLinear
 from mono_quant.modules.weight_only import WeightOnlyLinear
@@ -160,7 +161,7 @@ class FusedLayer(ExchangedClass):
                 found += f" of {x.dtype} with {x.dim()} dimensions on {x.device}"
             self.report(f"its input is {found}")
             return False
-        if torch.is_grad_enabled() and x.requires_grad:
+        if are_recorded(x, None):
             self.report(_GRADIENTS)
             return False
         return torch.compiler.is_compiling() or not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -307,9 +308,11 @@ def _why_not_linear(linear: nn.Module, activated: bool, layout: LayerLayout) -> 
     if not few_bits and (type(linear) is not QuantizedLinear or linear.scheme.kind != INT8_DYNAMIC):
         return "is not an int8 linear layer"
     assert isinstance(linear, QuantizedLinear | WeightOnlyLinear)
+    bias = linear._buffers.get("bias")
     if any(parameter is not None for parameter in linear._parameters.values()):
         return "has a bias that is a parameter"
-    bias = linear._buffers.get("bias")
+    if bias is not None and bias.requires_grad:
+        return "has a bias that requires grad"
     if bias is not None and bias.dtype not in _BIASES:
         return f"has a bias of {bias.dtype}"
     if not linear.in_features or not linear.out_features:

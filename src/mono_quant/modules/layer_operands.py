@@ -128,7 +128,11 @@ def gather(
             return None
         weights += tensors
     # Themselves, not views of them: their data may be exchanged. Where this runs no gradients are recorded.
-    weights += [layer.get_parameter(name) for name in norm_parameters]
+    # Not by get_parameter: functional_call puts tensors of other types in their places.
+    for owner, _, leaf in (name.rpartition(".") for name in norm_parameters):
+        parameter = layer.get_submodule(owner)._parameters[leaf]
+        assert parameter is not None
+        weights.append(parameter)
     return Operands.of(layer, linears, norms, weights, constants, tuple(settings))  # type: ignore[arg-type]
 
 
