@@ -121,6 +121,23 @@ def test_the_activation_is_not_called_where_the_layer_computes_it(x: Tensor) -> 
         assert calls
 
 
+def test_pairs_may_be_called_in_any_order(x: Tensor) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.silu, self.gelu = nn.SiLU(), nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.first(x), self.second(x)
+            return self.silu(a) * self.gelu(b)  # type: ignore[no-any-return]
+
+    fused, apart = both(Gated())
+    assert fused.first.activation == "silu"
+    assert fused.second.activation == "gelu"
+    assert close(fused(x), apart(x))
+
+
 def test_another_method_gets_the_layers_own_answer(x: Tensor) -> None:
     fused, apart = both(Pair())
     assert close(fused.before(x), apart.before(x))

@@ -20,9 +20,25 @@ from torch import nn
 
 from mono_quant.modules.exchanged_class import ExchangedClass
 
+
+class _Call:
+    """A parent's ``forward`` that is running.
+
+    Attributes:
+        parent: Whose it is.
+        activated: The linear layers that have computed their activations.
+    """
+
+    __slots__ = ("activated", "parent")
+
+    def __init__(self, parent: FusingParent) -> None:
+        self.parent = parent
+        self.activated: list[nn.Module] = []
+
+
 _threads = threading.local()
 # The same for the one thread that traces a graph: a compiler can follow this list, but none of a thread's own.
-_traced: list[FusingParent] = []
+_traced: list[_Call] = []
 _derived: dict[type[nn.Module], type[FusingParent]] = {}
 
 
@@ -34,7 +50,7 @@ class FusingParent(ExchangedClass):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         running = _running()
-        running.append(self)
+        running.append(_Call(self))
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -51,22 +67,23 @@ class FusingParent(ExchangedClass):
 
     def lets_activate(self, linear: nn.Module, names: tuple[str, str]) -> bool:
         """Say whether ``linear`` and what holds the place of its activation are where they were, and not watched."""
-        activation = self._modules.get(names[1])
+        children = self._modules
+        activation = children.get(names[1])
         return (
             not self.training
-            and self._modules.get(names[0]) is linear
+            and children.get(names[0]) is linear
             and activation is not None
-            and getattr(activation, "linear", None) is linear
+            and activation.__dict__.get("linear") is linear
             and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
             and not (activation._forward_hooks or activation._forward_pre_hooks or "forward" in activation.__dict__)
         )
 
 
-def _running() -> list[FusingParent]:
+def _running() -> list[_Call]:
     if torch.compiler.is_compiling():
         return _traced
     try:
-        found: list[FusingParent] = _threads.running
+        found: list[_Call] = _threads.running
     except AttributeError:
         found = _threads.running = []
     return found
@@ -76,11 +93,23 @@ def activates_here(linear: nn.Module, names: tuple[str, str]) -> bool:
     """Say whether the ``forward`` of the parent in which ``linear`` computes an activation is what runs here.
 
     Args:
-        linear: The layer.
+        linear: The layer; if so, it is expected to compute the activation now.
         names: Of it and of the activation, in that parent.
     """
     running = _running()
-    return bool(running) and running[-1].lets_activate(linear, names)
+    if not running:
+        return False
+    call = running[-1]
+    activates = call.parent.lets_activate(linear, names)
+    if activates:
+        call.activated.append(linear)
+    return activates
+
+
+def has_activated(linear: nn.Module) -> bool:
+    """Say whether ``linear`` has computed its activation in the ``forward`` that runs here."""
+    running = _running()
+    return bool(running) and linear in running[-1].activated
 
 
 def own_type(module: nn.Module) -> type[nn.Module]:

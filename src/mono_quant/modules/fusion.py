@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mono_quant.core.layer_scheme import FLOAT16
 from mono_quant.errors import InputError
-from mono_quant.modules.fusing_parent import FusingParent, own_type
+from mono_quant.modules.fusing_parent import FusingParent, has_activated, own_type
 from mono_quant.modules.linear import QuantizedLinear
 from mono_quant.modules.traced_children import trace_children
 
@@ -31,24 +31,20 @@ class FusedActivation(nn.Module):
 
     Attributes:
         activation: The module that stood here, for the way back.
-        linear: The layer that computes it (in a tuple, so that it is not a child of this module).
+        linear: The layer that computes it. Neither is a child of this module.
     """
+
+    activation: nn.Module
+    linear: QuantizedLinear
 
     def __init__(self, activation: nn.Module, linear: QuantizedLinear) -> None:
         super().__init__()
         self.training = activation.training
-        self._kept = (activation, linear)
-
-    @property
-    def activation(self) -> nn.Module:
-        return self._kept[0]
-
-    @property
-    def linear(self) -> QuantizedLinear:
-        return self._kept[1]
+        self.__dict__.update(activation=activation, linear=linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.linear.activation_now != "none":
+        linear = self.linear
+        if linear.activates_inside is None or has_activated(linear):
             return input
         activated: Tensor = self.activation(input)
         return activated

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any, ClassVar, Final
 
 import torch
@@ -28,6 +29,9 @@ from mono_quant.ops.reference import activation_function
 Stored = tuple[Tensor | None, ...]
 
 _aten: Final = torch.ops.aten
+
+# Where PyTorch counts the levels of forward-mode derivatives that are open; it has no public name.
+_levels: Final[Any] = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=-1)
 
 # The gradient with respect to an activation's input, given that of its output and the input. These operators have
 # derivatives of their own, for second derivatives.
@@ -77,9 +81,9 @@ class Product(ABC):
 
 def are_recorded(x: Tensor, bias: Tensor | None) -> bool:
     """Say whether the call of a layer is to be derived, backward or forward."""
-    if x.requires_grad or (bias is not None and bias.requires_grad):
-        return torch.is_grad_enabled() or forward_ad._current_level >= 0
-    return forward_ad._current_level >= 0  # tangents show on no attribute of a tensor
+    if _levels._current_level >= 0:
+        return True  # tangents show on no attribute of a tensor
+    return (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled()
 
 
 def straight_through(
