@@ -76,13 +76,19 @@ def test_what_cannot_be_followed_is_an_error(forward: Any) -> None:
 
 def test_it_looks_at_evaluation_mode_and_changes_nothing() -> None:
     class Module(Base):
+        calls: Tensor
+
         def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            self.last = x
             return self.a(x) if self.training else self.b(x)  # type: ignore[no-any-return]
 
     module = Module().train()
+    module.register_buffer("calls", torch.zeros(()))
     state = dict(module.__dict__)
     assert [node.target for node in trace_children(module).nodes if node.op == "call_module"] == ["b"]
     assert module.__dict__ == state
+    assert int(module.calls) == 0
 
 
 def test_other_threads_can_run_modules_meanwhile() -> None:

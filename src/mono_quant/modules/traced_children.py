@@ -77,6 +77,8 @@ def trace_children(module: nn.Module) -> fx.Graph:
     tracer = _Tracer(graph)
     twin = kind.__new__(kind)
     twin.__dict__.update(module.__dict__, training=False, _modules=stub_children(tracer, module))
+    for name in ("_parameters", "_buffers"):  # what forward assigns is the twin's
+        twin.__dict__[name] = dict(module.__dict__[name])
     by_name = {p.name: fx.Proxy(graph.placeholder(p.name), tracer) for p in parameters}
     positional = [by_name.pop(p.name) for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]
     graph.output(tracer.create_arg(kind.forward(twin, *positional, **by_name)))
