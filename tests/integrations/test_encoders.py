@@ -100,7 +100,7 @@ class TestEveryFamily:
         compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
         assert same_bits(hidden(compiled, words()), hidden(small, words()))
         exported = torch.export.export(small, (words(),)).module()
-        assert same_bits(hidden(exported, words()), hidden(twin, words()))
+        assert close(hidden(exported, words()), hidden(twin, words()))  # which compute activations apart
 
 
 @needs_native

@@ -34,8 +34,9 @@ class Sources:
         named = [(vars(layer), name) for layer in layers for name in layer._buffers if name not in _WEIGHTS]
         self._owners = tuple(owner for owner, _ in named)
         self._names = tuple(name for _, name in named)
-        # A bias that is absent is an attribute, and so is one that is then assigned.
-        absent = [(vars(layer), "bias") for layer in layers if "bias" not in layer._buffers]
+        # A bias that is absent is an attribute, as is one that is then assigned, unless it is a parameter.
+        without = [layer for layer in layers if "bias" not in layer._buffers]
+        absent = [(place, "bias") for layer in without for place in (vars(layer), layer._parameters)]
         self._attributes = (*((vars(layer), "spec") for layer in layers), *absent)
         self._known = tuple(self._contents())
         tensors = [value for value in self._known if isinstance(value, Tensor)]

@@ -22,13 +22,11 @@ class ExchangedClass(nn.Module):
         float_type: The module's own class.
         cache_name: The attribute that holds what was gathered for operators; of no other module's concern.
         number: By which compiled graphs call the module.
-        is_layer: Whether the module runs as an operator, alone or with others of its kind.
     """
 
     float_type: type[nn.Module]
     cache_name: ClassVar[str]
     number: int
-    is_layer: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
@@ -68,7 +66,7 @@ def _new(base: type[ExchangedClass], float_type: type[nn.Module]) -> nn.Module:
 def restore_layers(model: nn.Module) -> None:
     """Give all in ``model`` that :func:`mono_quant.modules.fuse_layers` has changed their own classes back."""
     for module in model.modules():
-        if isinstance(module, ExchangedClass) and module.is_layer:
+        if isinstance(module, ExchangedClass):
             module.give_back()
 
 

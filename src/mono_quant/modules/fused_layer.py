@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mono_quant.core.layer_scheme import INT8_DYNAMIC
 from mono_quant.modules.exchanged_class import ExchangedClass, qualified_name
-from mono_quant.modules.fusion import FusedActivation, activation_name
+from mono_quant.modules.fusion import FusedActivation, activation_name, register_pair
 from mono_quant.modules.gradients import are_recorded
 from mono_quant.modules.layer_operands import Operands, Setting, gather
 from mono_quant.modules.linear import QuantizedLinear
@@ -96,6 +96,7 @@ def register_layout(qualified_name: str, layout: LayerLayout) -> None:
         layout: Where it keeps its parts.
     """
     _LAYOUTS[qualified_name] = layout
+    register_pair(qualified_name, *layout.activated)
 
 
 def register_idle_hooks(is_idle: Callable[[Callable[..., Any], bool], bool]) -> None:

@@ -1,8 +1,9 @@
 """Activations computed inside the linear layer before them, where that is known to be the same function.
 
 A pair is fused when the linear layer's output goes to the activation and nowhere else in the ``forward`` of their
-parent: directly in an ``nn.Sequential``, or proven by tracing that ``forward`` symbolically. Elsewhere both go on to be
-what they were (see :mod:`mono_quant.modules.fusing_parent`).
+parent: directly in an ``nn.Sequential``, or proven by following that ``forward`` (see
+:mod:`mono_quant.modules.traced_children`). Elsewhere both go on to be what they were (see
+:mod:`mono_quant.modules.fused_pairs`).
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Final, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from mono_quant.core.layer_scheme import FLOAT16
 from mono_quant.errors import InputError
-from mono_quant.modules.fusing_parent import FusingParent, has_activated, own_type
+from mono_quant.modules.fused_pairs import is_activated
 from mono_quant.modules.linear import QuantizedLinear
-from mono_quant.modules.traced_children import trace_children
+from mono_quant.modules.traced_children import sole_readers
 
 _GELU_BY_APPROXIMATION: Final = {"none": "gelu", "tanh": "gelu_tanh"}
 
 # Activations of optional libraries by qualified name: what they compute, given the module.
 _BY_NAME: dict[str, Callable[[nn.Module], str | None]] = {}
+# Pairs inside modules of optional libraries, by the module's qualified name.
+_PAIRS: dict[str, tuple[str, str]] = {}
 
 
 class FusedActivation(nn.Module):
@@ -43,8 +47,9 @@ class FusedActivation(nn.Module):
         self.__dict__.update(activation=activation, linear=linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        linear = self.linear
-        if linear.activates_inside is None or has_activated(linear):
+        # In compiled graphs, layers compute their activations only where those are theirs wherever they are called.
+        apart = self.linear.activates_inside is not None
+        if not apart or (not torch.compiler.is_dynamo_compiling() and is_activated(input)):
             return input
         activated: Tensor = self.activation(input)
         return activated
@@ -61,6 +66,16 @@ def register_activation(qualified_name: str, name_of: Callable[[nn.Module], str 
         name_of: Answers the operators' name of what one module computes, or ``None``.
     """
     _BY_NAME[qualified_name] = name_of
+
+
+def register_pair(qualified_name: str, linear: str, activation: str) -> None:
+    """Let a linear layer and an activation inside modules of an optional library be a pair.
+
+    Args:
+        qualified_name: The type of these modules.
+        linear, activation: Dotted names inside such a module; of two children of one parent.
+    """
+    _PAIRS[qualified_name] = linear, activation
 
 
 def activation_name(module: nn.Module) -> str | None:
@@ -85,12 +100,30 @@ def fuse_activations(model: nn.Module) -> list[str]:
         The names of the linear layers that compute an activation now.
     """
     used = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+    registered = _registered_pairs(model)
     fused = []
     for parent_name, parent in list(model.named_modules()):
-        for linear, activation in _pairs(parent):
-            if used[id(parent._modules[linear])] == 1 and _fuse_inside(parent, linear, activation):
+        for linear, activation in dict.fromkeys([*_pairs(parent), *registered.get(id(parent), [])]):
+            if used[id(parent._modules[linear])] == 1:
+                _fuse_inside(parent, linear, activation)
                 fused.append(f"{parent_name}.{linear}" if parent_name else linear)
     return fused
+
+
+def _registered_pairs(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
+    """Answer, by the ``id`` of their parent, the pairs of children that are known by the class of a module around."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            names = _PAIRS.get(f"{kind.__module__}.{kind.__qualname__}")
+            if names is None:
+                continue
+            above, _, linear = names[0].rpartition(".")
+            parent = module.get_submodule(above)
+            activation = names[1].rpartition(".")[2]
+            if _fusible(parent._modules.get(linear)) and activation_name(_child(parent, activation)):
+                found.setdefault(id(parent), []).append((linear, activation))
+    return found
 
 
 def fuse_saved_pair(model: nn.Module, linear_name: str, activation_name_: str) -> None:
@@ -102,21 +135,17 @@ def fuse_saved_pair(model: nn.Module, linear_name: str, activation_name_: str) -
     parent_name, _, linear = linear_name.rpartition(".")
     above, _, activation = activation_name_.rpartition(".")
     parent = _submodule(model, parent_name)
-    proven = above == parent_name and (linear, activation) in _pairs(parent)
-    if not proven or not _fuse_inside(parent, linear, activation):
+    known = [*_pairs(parent), *_registered_pairs(model).get(id(parent), [])] if above == parent_name else []
+    if (linear, activation) in known:
+        _fuse_inside(parent, linear, activation)
+    else:
         fuse_pair(model, linear_name, activation_name_)
 
 
-def _fuse_inside(parent: nn.Module, linear: str, activation: str) -> bool:
-    """Fuse a pair for the parent's ``forward``; answer whether its class allows that."""
-    if not isinstance(parent, FusingParent):
-        try:
-            FusingParent.take_place(parent)
-        except TypeError:  # a class that cannot be derived from so, or whose instances cannot change theirs
-            return False
+def _fuse_inside(parent: nn.Module, linear: str, activation: str) -> None:
+    """Fuse a pair for the parent's ``forward`` alone."""
     fuse_pair(parent, linear, activation)
     parent._modules[linear].__dict__["activates_inside"] = (linear, activation)
-    return True
 
 
 def fuse_pair(model: nn.Module, linear_name: str, activation_name_: str) -> None:
@@ -188,35 +217,13 @@ def _pairs(parent: nn.Module) -> list[tuple[str, str]]:
         return []
     if not any(child is not None and activation_name(child) for child in children.values()):
         return []
-    if own_type(parent) is nn.Sequential:
-        return [(a, b) for a, b in pairwise(children) if _fusible(children[a]) and activation_name(_child(parent, b))]
-    return _traced_pairs(parent)
+    known = list(pairwise(children)) if type(parent) is nn.Sequential else sorted(sole_readers(parent))
+    return [(a, b) for a, b in known if _fusible(children.get(a)) and activation_name(_child(parent, b))]
 
 
 def _child(parent: nn.Module, name: str) -> nn.Module:
-    child = parent._modules[name]
+    child = parent._modules.get(name)
     return nn.Identity() if child is None else child
-
-
-def _traced_pairs(parent: nn.Module) -> list[tuple[str, str]]:
-    try:
-        graph = trace_children(parent)
-    except Exception:  # any code may stand in a forward, and what cannot be traced is simply not proven
-        return []
-    pairs = []
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    for node in graph.nodes:
-        if node.op != "call_module" or len(node.users) != 1 or calls[node.target] != 1:
-            continue
-        (user,) = node.users
-        if user.op != "call_module" or calls[user.target] != 1 or user.args != (node,) or user.kwargs:
-            continue
-        linear, activation = str(node.target), str(user.target)
-        if "." in linear or "." in activation:
-            continue
-        if _fusible(parent._modules.get(linear)) and activation_name(_child(parent, activation)):
-            pairs.append((linear, activation))
-    return pairs
 
 
 def restore_activations(model: nn.Module) -> None:
@@ -226,5 +233,3 @@ def restore_activations(model: nn.Module) -> None:
             if isinstance(child, FusedActivation):
                 child.linear.activation, child.linear.activates_inside = "none", None
                 parent._modules[name] = child.activation
-        if isinstance(parent, FusingParent):
-            parent.give_back()

@@ -101,10 +101,19 @@ def straight_through(
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return product.compute(x, bias, stored, activation)  # programs without Python hold operators alone
     if not torch.compiler.is_compiling():
-        return _apply(_StraightThrough, product, activation, x, bias, stored)
+        # A layer that was moved or copied in inference mode holds tensors that cannot be kept for the way back.
+        bias, *stored_now = (_ordinary(tensor) for tensor in (bias, *stored))
+        return _apply(_StraightThrough, product, activation, x, bias, stored_now)
     # The compiler joins what is written apart, and a Function cannot be called inside another's way back there.
     out = _apply(_Traced, product, "none", x if activation == "none" else x.float(), bias, stored)
     return activation_function(activation)(out).to(x.dtype)
+
+
+def _ordinary(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
 
 
 def _apply(

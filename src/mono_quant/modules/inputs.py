@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -19,10 +20,10 @@ def describe(layer: nn.Module) -> str:
     return f"{type(layer).__name__}({layer.extra_repr()})"
 
 
-def forward_other(layer: nn.Module, input: Tensor, in_features: int) -> Tensor:
+def forward_other(layer: nn.Module, input: Tensor, in_features: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
     """Answer what a linear layer makes of an input that its operators do not take.
 
-    The arithmetic is float32 throughout: float64 is computed in it and answered in float64.
+    The arithmetic is float32 throughout: float64 is computed in it, by ``multiply``, and answered in float64.
 
     Raises:
         InputTypeError: The input is not floating-point, or a float of less than 16 bits.
@@ -36,8 +37,7 @@ def forward_other(layer: nn.Module, input: Tensor, in_features: int) -> Tensor:
     if not input.dim() or input.shape[-1] != in_features:
         # Tiles are padded: the kernels cannot tell a row of the wrong length from a right one.
         raise InputError(f"{describe(layer)} expects [..., {in_features}], found an input of shape {list(input.shape)}")
-    out: Tensor = layer(input.float())
-    return out.double()
+    return multiply(input.float()).double()
 
 
 def require_indices(layer: nn.Module, indices: Tensor) -> None:

@@ -12,7 +12,7 @@ from mono_quant.core.layer_scheme import BFLOAT16, LayerScheme
 from mono_quant.core.mappers import QINT8
 from mono_quant.modules.base import dequantize_codes, require_module, scheme_from_dtype
 from mono_quant.modules.bfloat16 import linear_bfloat16
-from mono_quant.modules.fusing_parent import activates_here
+from mono_quant.modules.fused_pairs import activates_here, note_activated
 from mono_quant.modules.gradients import Product, Stored, are_recorded, straight_through
 from mono_quant.modules.inputs import FLOATS, forward_other
 from mono_quant.modules.packed import PackedWeight
@@ -94,7 +94,7 @@ class QuantizedLinear(PackedWeight):
         activation: What the layer computes on top: ``none``, ``relu``, ``gelu``, ``gelu_tanh`` or ``silu`` (see
             :mod:`mono_quant.modules.fusion`).
         activates_inside: Where it does so only if its parent's ``forward`` calls it (see
-            :mod:`mono_quant.modules.fusing_parent`): the names there of the layer and of the activation.
+            :mod:`mono_quant.modules.fused_pairs`): the names there of the layer and of the activation.
     """
 
     float_type: ClassVar[type[nn.Module]] = nn.Linear
@@ -141,15 +141,20 @@ class QuantizedLinear(PackedWeight):
         """
         return cls.from_float(require_module(module, nn.Linear), scheme_from_dtype(dtype, symmetric))
 
-    @property
-    def activation_now(self) -> str:
-        """What the layer computes on top if it is called now."""
-        names = self.activates_inside
-        return self.activation if names is None or activates_here(self, names) else "none"
-
     def forward(self, input: Tensor) -> Tensor:
+        names = self.activates_inside
+        if names is None:
+            return self._multiply(input, self.activation)
+        # Where derivatives are recorded, layer and activation keep for the way back what they would keep apart.
+        if not activates_here(self, names) or are_recorded(input, self._buffers.get("bias")):
+            return self._multiply(input, "none")
+        out = self._multiply(input, self.activation)
+        note_activated(out)
+        return out
+
+    def _multiply(self, input: Tensor, activation: str) -> Tensor:
         if input.dtype not in FLOATS or not input.dim() or input.shape[-1] != self.in_features:
-            return forward_other(self, input, self.in_features)
+            return forward_other(self, input, self.in_features, lambda rows: self._multiply(rows, activation))
         # Not by attribute: nn.Module finds a buffer only after it has looked everywhere else.
         buffers = self._buffers
         scale = buffers.get("weight_scale")
@@ -157,36 +162,36 @@ class QuantizedLinear(PackedWeight):
         if bias is None:
             bias = self.bias  # there is none, or someone made it a parameter
         if are_recorded(input, bias):
-            return self._forward_with_gradient(input, bias)
+            return self._multiply_with_gradient(input, bias, activation)
         if scale is None:
             if self.scheme.kind == BFLOAT16:
-                return linear_bfloat16(input, self.codes, self.bias, self.activation_now)
+                return linear_bfloat16(input, self.codes, self.bias, activation)
             half: Tensor = torch.ops.mono_quant.linear_half(input, buffers["weight"], bias)
             return half
         zero_point = buffers.get("weight_zero_point")
         packed = self._packed_weight()
         if packed is None:
             plain: Tensor = torch.ops.mono_quant.linear_dynamic.default(
-                input, self._buffers["weight"], scale, zero_point, bias, self.activation_now
+                input, self._buffers["weight"], scale, zero_point, bias, activation
             )
             return plain
         tiles, column_sum = packed
         out: Tensor = torch.ops.mono_quant.linear_dynamic_packed.default(
-            input, tiles, column_sum, scale, zero_point, bias, self.out_features, self.activation_now
+            input, tiles, column_sum, scale, zero_point, bias, self.out_features, activation
         )
         return out
 
-    def _forward_with_gradient(self, input: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply_with_gradient(self, input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         buffers = self._buffers
         scale, zero_point = buffers.get("weight_scale"), buffers.get("weight_zero_point")
         if scale is None:
-            return straight_through(_FloatProduct(self.scheme.kind), input, bias, (self.codes,), self.activation_now)
+            return straight_through(_FloatProduct(self.scheme.kind), input, bias, (self.codes,), activation)
         packed = self._packed_weight()
         if packed is None:
             stored = (self._buffers["weight"], scale, zero_point)
-            return straight_through(_PlainProduct(), input, bias, stored, self.activation_now)
+            return straight_through(_PlainProduct(), input, bias, stored, activation)
         product = _PackedProduct(self.out_features, self.in_features)
-        return straight_through(product, input, bias, (*packed, scale, zero_point), self.activation_now)
+        return straight_through(product, input, bias, (*packed, scale, zero_point), activation)
 
     def _matrix_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

@@ -10,7 +10,7 @@ from torch import nn
 from mono_quant.errors import InputTypeError
 from mono_quant.modules.base import QuantizedModule
 from mono_quant.modules.exchanged_class import restore_layers
-from mono_quant.modules.fusion import FusedActivation, restore_activations
+from mono_quant.modules.fusion import FusedActivation
 from mono_quant.modules.transformer import restore_fused_path
 
 
@@ -42,7 +42,6 @@ def revert_to_standard_modules(model: nn.Module, inplace: bool = False) -> nn.Mo
     standard = standard_modules(model, keep_activations=inplace)
     result = _replace(model, standard) if inplace else copy.deepcopy(model, {**standard})
     restore_layers(result)
-    restore_activations(result)
     restore_fused_path(result)
     return result
 

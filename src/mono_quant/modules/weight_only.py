@@ -121,7 +121,7 @@ class WeightOnlyLinear(QuantizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype not in FLOATS or not input.dim() or input.shape[-1] != self.in_features:
-            return forward_other(self, input, self.in_features)
+            return forward_other(self, input, self.in_features, self.forward)
         buffers = self._buffers
         bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401 (reads the attribute only then)
         if are_recorded(input, bias):

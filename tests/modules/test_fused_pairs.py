@@ -1,9 +1,11 @@
-"""Activations are computed by the linear layer before them in their parent's ``forward``, and nowhere else."""
+"""Linear layers compute the activations behind them where their parent's ``forward`` calls them, and only there."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mono_quant
-from mono_quant.modules import FusedActivation, QuantizedLinear, fuse_pair, restore_activations
+from mono_quant.modules import FusedActivation, fuse_pair, restore_activations
 
 WIDTH = 24
 
@@ -28,8 +30,6 @@ class Pair(nn.Module):
         self.last = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            return self.last(self.activation(self.linear(x))) + self.linear(x)  # type: ignore[no-any-return]
         return self.last(self.activation(self.linear(x)))  # type: ignore[no-any-return]
 
     def before(self, x: Tensor) -> Tensor:
@@ -144,9 +144,13 @@ def test_another_method_gets_the_layers_own_answer(x: Tensor) -> None:
 
 
 def test_in_training_mode_both_are_what_they_were(x: Tensor) -> None:
-    fused, apart = both(Pair())
+    fused, apart = both(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()))
+    calls: list[Tensor] = []
+    fused[1].activation.register_forward_hook(lambda _, args, out: calls.append(out))
     assert close(fused.train()(x), apart.train()(x))
+    assert len(calls) == 1
     assert close(fused.eval()(x), apart.eval()(x))
+    assert len(calls) == 1
 
 
 CHANGES: dict[str, Callable[[Any], object]] = {
@@ -179,15 +183,13 @@ def test_a_hook_sees_the_layers_own_answer(x: Tensor) -> None:
     assert seen[0].min() < 0
 
 
-def test_classes_and_names_stay(x: Tensor) -> None:
+def test_activations_are_put_back(x: Tensor) -> None:
     model = quantized(nn.Sequential(Pair(), sequence()))
-    assert isinstance(model[0], Pair)
-    assert isinstance(model[1], nn.Sequential)
-    assert [type(part).__name__ for part in model] == ["Pair", "Sequential"]
+    expected = model(x)
     restore_activations(model)
-    assert [type(part) for part in model] == [Pair, nn.Sequential]
+    assert isinstance(model[0].activation, nn.GELU)
     assert isinstance(model[1][1], nn.ReLU)
-    model(x)
+    assert close(model(x), expected)
 
 
 def test_copies_and_pickles_are_pairs_of_their_own(x: Tensor) -> None:
@@ -241,16 +243,140 @@ def test_eight_threads_keep_apart_who_runs_what(x: Tensor) -> None:
         assert all(pool.map(call, range(200)))
 
 
-def test_a_class_that_cannot_be_derived_from_keeps_its_layers_apart(x: Tensor) -> None:
-    class Final(Pair):
-        def __init_subclass__(cls) -> None:
-            raise TypeError("no subclasses")
+def test_a_graph_that_another_thread_makes_changes_nothing(x: Tensor) -> None:
+    model, apart = both(Pair())
+    expected = apart(x)
+    other = quantized(sequence())
+    with ThreadPoolExecutor(1) as pool:
+        exporting = pool.submit(torch.export.export, other, (x,))
+        answers = [model(x)]
+        while not exporting.done():
+            answers.append(model(x))
+    exporting.result()
+    assert all(close(answer, expected) for answer in answers)
 
-    fused, apart = both(Final())
+
+BRANCHES: dict[str, Callable[[Any, Tensor], Any]] = {}
+
+
+def branch(forward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    BRANCHES[forward.__name__] = forward
+    return forward
+
+
+@branch
+def asks_a_module(self: Any, x: Tensor) -> Any:
+    h = self.linear(x)
+    if self.last:
+        h = self.last(h)
+    return self.activation(h)
+
+
+@branch
+def asks_an_argument(self: Any, x: Tensor, more: Tensor | None = None) -> Any:
+    h = self.linear(x)
+    if more is None:
+        return h
+    return self.activation(h) + more
+
+
+@branch
+def asks_a_type(self: Any, x: Tensor) -> Any:
+    h = self.linear(x)
+    return self.activation(h) + h if isinstance(x, Tensor) else self.activation(h)
+
+
+@branch
+def keeps_the_answer(self: Any, x: Tensor) -> Any:
+    self.kept = self.linear(x)
+    return self.activation(self.kept)
+
+
+@branch
+def keeps_the_answer_in_a_list(self: Any, x: Tensor) -> Any:
+    h = self.linear(x)
+    self.answers.append(h)
+    return self.activation(h)
+
+
+@branch
+def calls_by_way_of_another(self: Any, x: Tensor) -> Any:
+    h = call(self.linear, x)
+    return call(self.activation, h)
+
+
+def call(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
+
+
+@pytest.mark.parametrize("forward", BRANCHES.values(), ids=BRANCHES)
+def test_where_another_run_could_read_the_answer_there_is_no_pair(forward: Any, x: Tensor) -> None:
+    kind = type("Branching", (Pair,), {"forward": forward})
+    source = kind()
+    source.answers = []
+    fused, apart = both(source)
     assert isinstance(fused.activation, nn.GELU)
-    assert isinstance(fused.linear, QuantizedLinear)
-    assert fused.linear.activation == "none"
-    assert torch.equal(fused(x), apart(x))
+    assert close(fused(x), apart(x))
+    assert not source.answers
+    assert len(fused.answers) == len(apart.answers)
+
+
+def test_a_layer_that_comes_twice_computes_its_activation_nowhere(x: Tensor) -> None:
+    models = both(sequence())
+    for model in models:
+        model.append(model[0])
+    assert close(models[0](x), models[1](x))
+
+
+def test_layers_that_are_moved_in_their_sequence_are_a_pair_no_longer(x: Tensor) -> None:
+    models = both(nn.Sequential(OrderedDict(a=nn.Linear(WIDTH, WIDTH), b=nn.ReLU(), c=nn.Linear(WIDTH, WIDTH))))
+    for model in models:
+        layer = model.a
+        del model.a
+        model.add_module("a", layer)
+    assert close(models[0](x), models[1](x))
+
+
+def test_a_pair_in_another_class_is_none_until_that_is_known_too(x: Tensor) -> None:
+    class Other(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.linear(x)
+            return self.activation(h) + h  # type: ignore[no-any-return]
+
+    models = both(Pair())
+    others = []
+    for model in models:
+        other = Other().eval()
+        other.linear, other.activation = model.linear, model.activation
+        others.append(other(x))
+    assert close(*others)
+
+
+def test_gradients_are_those_of_the_parts(x: Tensor) -> None:
+    models = both(Pair())
+    for watched in (False, True):
+        seen: list[Tensor] = []
+        gradients = []
+        for model in models:
+            if watched:
+                model.linear.register_full_backward_hook(lambda _, into, out, seen=seen: seen.append(out[0]))
+            with torch.enable_grad():
+                rows = x.clone().requires_grad_()
+                wide = rows * 1
+                wide += model(wide)
+                wide.sum().backward()
+            assert rows.grad is not None
+            gradients.append(rows.grad)
+        assert close(*gradients)
+        assert len(seen) == (2 if watched else 0)
+        assert not seen or close(*seen)
+
+
+def test_nothing_of_a_class_that_users_wrote_is_changed(x: Tensor) -> None:
+    model = quantized(Pair())
+    assert type(model) is Pair
+    assert list(inspect.signature(model.forward).parameters) == ["x"]
+    assert type(quantized(sequence())) is nn.Sequential
 
 
 @pytest.mark.parametrize("make", [Pair, sequence, Taps])
