@@ -142,44 +142,45 @@ class QuantizedLinear(PackedWeight):
         return cls.from_float(require_module(module, nn.Linear), scheme_from_dtype(dtype, symmetric))
 
     def forward(self, input: Tensor) -> Tensor:
-        names = self.activates_inside
-        if names is None:
-            return self._multiply(input, self.activation)
-        # Where derivatives are recorded, layer and activation keep for the way back what they would keep apart.
-        if not activates_here(self, names) or are_recorded(input, self._buffers.get("bias")):
-            return self._multiply(input, "none")
-        out = self._multiply(input, self.activation)
-        note_activated(out)
-        return out
-
-    def _multiply(self, input: Tensor, activation: str) -> Tensor:
         if input.dtype not in FLOATS or not input.dim() or input.shape[-1] != self.in_features:
-            return forward_other(self, input, self.in_features, lambda rows: self._multiply(rows, activation))
+            return forward_other(self, input, self.in_features, self.forward)
         # Not by attribute: nn.Module finds a buffer only after it has looked everywhere else.
         buffers = self._buffers
-        scale = buffers.get("weight_scale")
         bias = buffers.get("bias")
         if bias is None:
             bias = self.bias  # there is none, or someone made it a parameter
-        if are_recorded(input, bias):
+        recorded = are_recorded(input, bias)
+        activation, names = self.activation, self.activates_inside
+        # Where derivatives are recorded, layer and activation keep for the way back what they would keep apart.
+        if names is not None and (recorded or not activates_here(self, names)):
+            activation = "none"
+        if recorded:
             return self._multiply_with_gradient(input, bias, activation)
+        scale = buffers.get("weight_scale")
+        packed = None if scale is None else self._packed_weight()
+        if packed is None:
+            out = self._multiply_plain(input, bias, activation)
+        else:
+            tiles, column_sum = packed
+            out = torch.ops.mono_quant.linear_dynamic_packed.default(
+                input, tiles, column_sum, scale, buffers.get("weight_zero_point"), bias, self.out_features, activation
+            )
+        if names is not None and activation != "none":
+            note_activated(out)
+        return out
+
+    def _multiply_plain(self, input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        buffers = self._buffers
+        scale = buffers.get("weight_scale")
+        if scale is None and self.scheme.kind == BFLOAT16:
+            return linear_bfloat16(input, self.codes, bias, activation)
         if scale is None:
-            if self.scheme.kind == BFLOAT16:
-                return linear_bfloat16(input, self.codes, self.bias, activation)
             half: Tensor = torch.ops.mono_quant.linear_half(input, buffers["weight"], bias)
             return half
-        zero_point = buffers.get("weight_zero_point")
-        packed = self._packed_weight()
-        if packed is None:
-            plain: Tensor = torch.ops.mono_quant.linear_dynamic.default(
-                input, self._buffers["weight"], scale, zero_point, bias, activation
-            )
-            return plain
-        tiles, column_sum = packed
-        out: Tensor = torch.ops.mono_quant.linear_dynamic_packed.default(
-            input, tiles, column_sum, scale, zero_point, bias, self.out_features, activation
+        plain: Tensor = torch.ops.mono_quant.linear_dynamic.default(
+            input, buffers["weight"], scale, buffers.get("weight_zero_point"), bias, activation
         )
-        return out
+        return plain
 
     def _multiply_with_gradient(self, input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         buffers = self._buffers
