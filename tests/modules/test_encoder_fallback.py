@@ -50,7 +50,8 @@ def reports(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
     """Answers what was reported, as if nothing had been before the test."""
     monkeypatch.setattr(fused_layer, "_reported", set())
     caplog.set_level("WARNING", logger="mono_quant")
-    return lambda: [message.removeprefix("a FusedBertLayer runs part by part: ") for message in caplog.messages]
+    prefix = "a FusedBertLayer runs part by part: "
+    return lambda: [r.getMessage().removeprefix(prefix) for r in caplog.records if r.name == "mono_quant"]
 
 
 def _hook(_: nn.Module, *arguments: Any) -> None:

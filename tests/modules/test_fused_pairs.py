@@ -138,6 +138,20 @@ def test_pairs_may_be_called_in_any_order(x: Tensor) -> None:
     assert close(fused(x), apart(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_inputs_of_other_dtypes_are_activated_once(dtype: torch.dtype, x: Tensor) -> None:
+    for source in (Pair(), sequence()):
+        fused, apart = both(source)
+        assert torch.allclose(fused(x.to(dtype)).float(), apart(x.to(dtype)).float(), atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_traced_they_answer_the_same(x: Tensor) -> None:
+    for source in (Pair(), sequence()):
+        fused, apart = both(source)
+        assert close(torch.jit.trace(fused, x)(x), apart(x))
+
+
 def test_another_method_gets_the_layers_own_answer(x: Tensor) -> None:
     fused, apart = both(Pair())
     assert close(fused.before(x), apart.before(x))

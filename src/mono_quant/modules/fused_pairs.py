@@ -25,9 +25,9 @@ from mono_quant.modules.traced_children import sole_readers
 
 _CALL: Final = nn.Module._call_impl.__code__
 _OUTER_CALL: Final = nn.Module._wrapped_call_impl.__code__
+# Stands between that and a layer's forward while torch.jit traces.
+_TRACED_CALL: Final = nn.Module._slow_forward.__code__
 _SEQUENTIAL: Final = nn.Sequential.forward.__code__
-# Between a layer's forward and that there is nothing, or what traces or counts it.
-_MOST_BETWEEN: Final = 2
 _REMEMBERED: Final = 8
 
 _threads = threading.local()
@@ -44,14 +44,12 @@ def activates_here(linear: nn.Module, names: tuple[str, str]) -> bool:
     if torch.compiler.is_dynamo_compiling():
         return False
     frame = sys._getframe(1).f_back
-    for _ in range(_MOST_BETWEEN):
-        if frame is None or frame.f_code is _CALL:
-            break
+    if frame is not None and frame.f_code is _TRACED_CALL:
         frame = frame.f_back
-    frame = None if frame is None or frame.f_code is not _CALL else frame.f_back
-    if frame is None or frame.f_code is not _OUTER_CALL or frame.f_back is None:
+    frame = frame.f_back if frame is not None and frame.f_code is _CALL else None
+    frame = frame.f_back if frame is not None and frame.f_code is _OUTER_CALL else None
+    if frame is None:
         return False
-    frame = frame.f_back
     code = frame.f_code
     parent = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     if not isinstance(parent, nn.Module) or getattr(type(parent).forward, "__code__", None) is not code:
