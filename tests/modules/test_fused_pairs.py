@@ -145,7 +145,7 @@ def test_inputs_of_other_dtypes_are_activated_once(dtype: torch.dtype, x: Tensor
         assert torch.allclose(fused(x.to(dtype)).float(), apart(x.to(dtype)).float(), atol=0.05)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_traced_they_answer_the_same(x: Tensor) -> None:
     for source in (Pair(), sequence()):
         fused, apart = both(source)
