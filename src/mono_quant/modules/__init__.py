@@ -1,7 +1,7 @@
 """Drop-in layers: where quantized arithmetic happens in a model. Factories never modify the original."""
 
 from mono_quant import ops as ops  # registers the operators that the layers call
-from mono_quant.modules.base import QuantizedModule
+from mono_quant.modules.base import QuantizedModule, has_own_forward
 from mono_quant.modules.conv import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -38,7 +38,6 @@ from mono_quant.modules.registry import (
     counterpart,
     counterpart_for_scheme,
     counterpart_of_type,
-    has_own_forward,
     register,
 )
 from mono_quant.modules.revert import revert_to_standard_modules, standard_modules

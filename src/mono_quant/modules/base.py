@@ -241,6 +241,14 @@ class QuantizedModule(nn.Module):
         )
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Say whether ``forward`` was replaced on this very module, as libraries do that move or log what it computes.
+
+    Like a subclass, it may compute something else; a layer in its place would drop what it does.
+    """
+    return "forward" in module.__dict__
+
+
 def _with_scale(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> QuantizedTensor:
     return QuantizedTensor(codes, scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1), axis=0)
 

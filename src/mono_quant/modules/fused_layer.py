@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mono_quant.core.layer_scheme import INT8_DYNAMIC
+from mono_quant.modules.base import has_own_forward
 from mono_quant.modules.exchanged_class import ExchangedClass, qualified_name
 from mono_quant.modules.fusion import FusedActivation, activation_name, register_pair
 from mono_quant.modules.gradients import are_recorded
@@ -248,7 +249,7 @@ def _want_of(module: nn.Module) -> str | None:
         return _HOOKS
     if module.training:
         return "is in training mode"
-    return "has a forward of its own" if "forward" in module.__dict__ else None
+    return "has a forward of its own" if has_own_forward(module) else None
 
 
 def _are_idle(hooks: Mapping[int, Callable[..., Any]], whole: bool) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from mono_quant.modules.base import has_own_forward
 from mono_quant.modules.traced_children import sole_readers
 
 _CALL: Final = nn.Module._call_impl.__code__
@@ -75,7 +76,7 @@ def _is_plain(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
+        or has_own_forward(module)
     )
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from mono_quant.core.layer_scheme import FLOAT16
 from mono_quant.errors import InputError
+from mono_quant.modules.base import has_own_forward
+from mono_quant.modules.exchanged_class import qualified_name
 from mono_quant.modules.fused_pairs import is_activated
 from mono_quant.modules.linear import QuantizedLinear
 from mono_quant.modules.traced_children import sole_readers
@@ -80,7 +82,7 @@ def register_pair(qualified_name: str, linear: str, activation: str) -> None:
 
 def activation_name(module: nn.Module) -> str | None:
     """Answer the operators' name of what ``module`` computes, or ``None`` if they cannot compute it."""
-    if _has_hooks(module) or "forward" in module.__dict__:
+    if _has_hooks(module) or has_own_forward(module):
         return None
     kind = type(module)
     if kind is nn.ReLU:
@@ -89,7 +91,7 @@ def activation_name(module: nn.Module) -> str | None:
         return "silu"
     if kind is nn.GELU:
         return _GELU_BY_APPROXIMATION.get(str(module.approximate))
-    name_of = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    name_of = _BY_NAME.get(qualified_name(kind))
     return None if name_of is None else name_of(module)
 
 
@@ -115,7 +117,7 @@ def _registered_pairs(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
     found: dict[int, list[tuple[str, str]]] = {}
     for module in model.modules():
         for kind in type(module).__mro__:
-            names = _PAIRS.get(f"{kind.__module__}.{kind.__qualname__}")
+            names = _PAIRS.get(qualified_name(kind))
             if names is None:
                 continue
             above, _, linear = names[0].rpartition(".")
@@ -135,8 +137,9 @@ def fuse_saved_pair(model: nn.Module, linear_name: str, activation_name_: str) -
     parent_name, _, linear = linear_name.rpartition(".")
     above, _, activation = activation_name_.rpartition(".")
     parent = _submodule(model, parent_name)
-    known = [*_pairs(parent), *_registered_pairs(model).get(id(parent), [])] if above == parent_name else []
-    if (linear, activation) in known:
+    pair = linear, activation
+    # Few pairs have to be looked for in the whole model.
+    if above == parent_name and (pair in _pairs(parent) or pair in _registered_pairs(model).get(id(parent), [])):
         _fuse_inside(parent, linear, activation)
     else:
         fuse_pair(model, linear_name, activation_name_)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from mono_quant.core.layer_scheme import BFLOAT16, WEIGHT_ONLY, LayerScheme
-from mono_quant.modules.base import QuantizedModule
+from mono_quant.modules.base import QuantizedModule, has_own_forward
 from mono_quant.modules.conv import QuantizedConv1d, QuantizedConv2d, QuantizedConv3d
 from mono_quant.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from mono_quant.modules.linear import QuantizedLinear
@@ -42,14 +42,6 @@ def _float_type(module: nn.Module) -> type[nn.Module]:
     """Answer the type as written: parametrizing a module puts a class of its own in the place of its type."""
     float_type: type[nn.Module] = type_before_parametrizations(module)
     return float_type
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Say whether ``forward`` was replaced on this very module, as libraries do that move or log what it computes.
-
-    Like a subclass, it may compute something else; a layer in its place would drop what it does.
-    """
-    return "forward" in module.__dict__
 
 
 def counterpart_of_type(float_type: type[nn.Module]) -> type[QuantizedModule] | None:
