@@ -1,12 +1,15 @@
-// One layer of a transformer encoder: attention over a sequence and a feed-forward pair, each added to its input and
-// normalized, with int8 linear layers in between.
+// Layers of a transformer encoder, one after the other: attention over a sequence and a feed-forward pair, each added to
+// its input and normalized, with int8 linear layers in between.
 //
-// Each thread takes whole sequences through all steps, so that what a step answers is read from the cache by the next
-// one. The sequences that are left (all of them, where there are fewer than threads) are shared: threads take pieces of a
-// step from a counter and wait for each other between steps by spinning. A thread that comes late finds nothing left to
-// do; no number of threads is relied on. All is computed in float32; with bfloat16 what leaves the layer is rounded.
+// Each thread takes whole sequences through all steps of a layer, so that what a step answers is read from the cache by
+// the next one. The sequences that are left (all of them, where there are fewer than threads) are shared: threads take
+// pieces of a step from a counter and wait for each other between steps by spinning. They meet between layers too, so
+// that each layer's weights are read while they are in the caches, by all sequences. A thread that comes late finds
+// nothing left to do; no number of threads is relied on. All is computed in float32; with bfloat16 what leaves a layer is
+// rounded.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "packed_layer.h"
@@ -19,13 +22,20 @@ struct EncoderNorm {
   float eps;
 };
 
+struct EncoderLayer {
+  PackedLayer query, key, value, output, up, down;
+  EncoderNorm attention_norm, output_norm;
+
+  // In the order of the operators' weights.
+  std::array<PackedLayer*, 6> linears() { return {&query, &key, &value, &output, &up, &down}; }
+};
+
+// What the layers have in common.
 struct EncoderArgs {
   DType dtype;  // of x and out: float32 or bfloat16
   const void* x;  // [samples, length, width]
   void* out;
   int64_t samples, length, width, heads;
-  PackedLayer query, key, value, output, up, down;
-  EncoderNorm attention_norm, output_norm;
   float scale;
   const float* mask;  // [samples, mask_rows, round_up(length, kMaskColumns)] or null
   int64_t mask_rows;  // 1 or length
@@ -33,9 +43,13 @@ struct EncoderArgs {
 
 class EncoderRun {
  public:
-  explicit EncoderRun(const EncoderArgs& args) : p_(args), table_(kernels()), meeting_(kSteps) {
+  // `layers` are at least one.
+  EncoderRun(const EncoderArgs& args, const std::vector<EncoderLayer>& layers)
+      : p_(args), layers_(layers), table_(kernels()), meeting_(kMeetings * (int64_t)layers.size()) {
+    for (const EncoderLayer& layer : layers_) widest_ = larger(widest_, layer.up.outputs);
     const double rows = (double)(p_.samples * p_.length);
-    const double products = rows * (double)p_.width * (double)(4 * p_.width + 2 * p_.up.outputs);
+    // Of one layer: threads meet within each.
+    const double products = rows * (double)p_.width * (double)(4 * p_.width + 2 * widest_);
     // Multiply-adds of attention are float32 ones, about an eighth as fast.
     const double attention = 2. * rows * (double)p_.length * (double)p_.width;
     threads_ = worthwhile_threads((products + 8 * attention) / table_.speed);
@@ -53,18 +67,24 @@ class EncoderRun {
   }
 
   void run() {
-    std::atomic<int64_t> next_group{0}, next_area{0};
+    std::atomic<int64_t> next_area{0};
     run_tasks(threads_, [&](int64_t) {
-      Group g = {};
-      for (int64_t i; (i = next_group.fetch_add(1)) < alone_;) {
-        if (!g.memory) g.memory = kept_->memory() + next_area.fetch_add(1) * area_;
-        g.first = i * group_;
-        g.samples = smaller(group_, p_.samples - g.first);
-        run_alone(g);
+      char* area = nullptr;
+      for (size_t i = 0; i < layers_.size(); ++i) {
+        // The answers of a layer take the place of its inputs.
+        const Call call = {layers_[i], i == 0 ? p_.x : p_.out};
+        const int64_t meeting = kMeetings * (int64_t)i;
+        meeting_.work(meeting, alone_, [&](int64_t number) {
+          if (!area) area = kept_->memory() + next_area.fetch_add(1) * area_;
+          const int64_t first = number * group_;
+          run_alone(call, {first, smaller(group_, p_.samples - first), area});
+        });
+        if (shared_ > 0) {
+          const Group rest = {alone_ * group_, shared_, kept_->memory() + smaller(alone_, threads_) * area_};
+          run_shared(call, rest, meeting + 1);
+        }
+        meeting_.wait(meeting, alone_);
       }
-      if (shared_ == 0) return;
-      g = {alone_ * group_, shared_, kept_->memory() + smaller(alone_, threads_) * area_};
-      run_shared(g);
     });
   }
 
@@ -72,6 +92,12 @@ class EncoderRun {
   // Rows that go through the feed-forward part together: enough for each weight that is fetched.
   static constexpr int64_t kGroupRows = 128;
   static constexpr int kSteps = 10;
+  static constexpr int kMeetings = kSteps + 1;  // in a layer: first that of the groups, then the steps that are shared
+
+  struct Call {
+    const EncoderLayer& layer;
+    const void* x;  // what the layer reads
+  };
 
   struct Group {
     int64_t first, samples;
@@ -80,7 +106,7 @@ class EncoderRun {
 
   struct Buffers {
     float *query, *key, *value, *context, *sum, *hidden;  // [rows, width]
-    float* wide;  // [chunk, outputs of `up`]
+    float* wide;  // [chunk, outputs of the widest `up`]
     Codes codes;
     int64_t bytes;
   };
@@ -95,8 +121,8 @@ class EncoderRun {
     b.context = b.query;
     b.sum = b.key;
     b.hidden = b.value;
-    b.wide = take.floats(chunk * p_.up.outputs);
-    b.codes = take.codes(rows, larger(p_.width, p_.up.outputs));
+    b.wide = take.floats(chunk * widest_);
+    b.codes = take.codes(rows, larger(p_.width, widest_));
     b.bytes = take.bytes();
     return b;
   }
@@ -136,25 +162,27 @@ class EncoderRun {
   }
 
   // Steps 0 to 2 are for all rows of a group, 3 to 9 for a chunk of `rows` rows that starts at `from`.
-  void step(int number, const Group& g, const Buffers& b, int64_t from, int64_t rows, const Piece& piece) const {
+  void step(int number, const Call& call, const Group& g, const Buffers& b, int64_t from, int64_t rows,
+            const Piece& piece) const {
+    const EncoderLayer& layer = call.layer;
     const int64_t start = g.first * p_.length + from;
     switch (number) {
-      case 0: return quantize(table_, rows_at(p_.x, start), p_.dtype, p_.width, b.codes, piece);
+      case 0: return quantize(table_, rows_at(call.x, start), p_.dtype, p_.width, b.codes, piece);
       case 1: {
-        const PackedLayer* const layers[] = {&p_.query, &p_.key, &p_.value};
+        const PackedLayer* const layers[] = {&layer.query, &layer.key, &layer.value};
         float* const to[] = {b.query, b.key, b.value};
         return multiply_beside(table_, layers, to, 3, {nullptr, kFloat32, b.codes}, rows, piece);
       }
       case 2: return attend(g, b, piece);
       case 3: return quantize(table_, b.context + from * p_.width, kFloat32, p_.width, b.codes, piece);
-      case 4: return multiply(table_, p_.output, b.codes, rows, b.sum, piece);
+      case 4: return multiply(table_, layer.output, b.codes, rows, b.sum, piece);
       case 5:
-        normalize(p_.attention_norm, b.sum, residual(start, b, piece), b.hidden, piece);
+        normalize(layer.attention_norm, b.sum, residual(call.x, start, b, piece), b.hidden, piece);
         return quantize(table_, b.hidden, kFloat32, p_.width, b.codes, piece);
-      case 6: return multiply(table_, p_.up, b.codes, rows, b.wide, piece);
-      case 7: return quantize(table_, b.wide, kFloat32, p_.up.outputs, b.codes, piece);
-      case 8: return multiply(table_, p_.down, b.codes, rows, b.sum, piece);
-      default: return answer(start, b, piece);
+      case 6: return multiply(table_, layer.up, b.codes, rows, b.wide, piece);
+      case 7: return quantize(table_, b.wide, kFloat32, layer.up.outputs, b.codes, piece);
+      case 8: return multiply(table_, layer.down, b.codes, rows, b.sum, piece);
+      default: return answer(layer.output_norm, start, b, piece);
     }
   }
 
@@ -163,16 +191,16 @@ class EncoderRun {
   }
 
   // The layer's input as float32: as it is, or in the place of what is to become of it.
-  const float* residual(int64_t start, const Buffers& b, const Piece& piece) const {
-    if (p_.dtype == kFloat32) return (const float*)rows_at(p_.x, start);
+  const float* residual(const void* x, int64_t start, const Buffers& b, const Piece& piece) const {
+    if (p_.dtype == kFloat32) return (const float*)rows_at(x, start);
     const int64_t count = (piece.end - piece.begin) * p_.width;
-    table_.widen(rows_at(p_.x, start + piece.begin), p_.dtype, b.hidden + piece.begin * p_.width, count);
+    table_.widen(rows_at(x, start + piece.begin), p_.dtype, b.hidden + piece.begin * p_.width, count);
     return b.hidden;
   }
 
-  void answer(int64_t start, const Buffers& b, const Piece& piece) const {
+  void answer(const EncoderNorm& norm, int64_t start, const Buffers& b, const Piece& piece) const {
     float* to = p_.dtype == kFloat32 ? (float*)rows_at(p_.out, start) : b.sum;
-    normalize(p_.output_norm, b.sum, b.hidden, to, piece);
+    normalize(norm, b.sum, b.hidden, to, piece);
     if (p_.dtype == kFloat32) return;
     const int64_t count = (piece.end - piece.begin) * p_.width;
     table_.narrow(b.sum + piece.begin * p_.width, rows_at(p_.out, start + piece.begin), p_.dtype, count);
@@ -183,33 +211,37 @@ class EncoderRun {
     if (number == 2) return g.samples * p_.heads;
     return number < 2 ? g.samples * p_.length : rows;
   }
-  int64_t columns_of(int number) const {
+  int64_t columns_of(int number, const Call& call) const {
     if (number == 1) return 3 * round_up(p_.width, 64);
     if (number == 4 || number == 8) return p_.width;
-    return number == 6 ? p_.up.outputs : 1;
+    return number == 6 ? call.layer.up.outputs : 1;
   }
 
-  void run_alone(const Group& g) const {
+  void run_alone(const Call& call, const Group& g) const {
     const int64_t rows = g.samples * p_.length;
     const Buffers b = carve(g.memory, group_ * p_.length, chunk_);
-    for (int i = 0; i < 3; ++i) step(i, g, b, 0, rows, {0, lines_of(i, g, rows), 0, columns_of(i)});
+    for (int i = 0; i < 3; ++i) {
+      step(i, call, g, b, 0, rows, {0, lines_of(i, g, rows), 0, columns_of(i, call)});
+    }
     for (int64_t from = 0; from < rows; from += chunk_) {
       const int64_t count = smaller(chunk_, rows - from);
-      for (int i = 3; i < kSteps; ++i) step(i, g, b, from, count, {0, count, 0, columns_of(i)});
+      for (int i = 3; i < kSteps; ++i) step(i, call, g, b, from, count, {0, count, 0, columns_of(i, call)});
     }
   }
 
-  void run_shared(const Group& g) {
+  void run_shared(const Call& call, const Group& g, int64_t meeting) {
     const int64_t rows = g.samples * p_.length;
     const Buffers b = carve(g.memory, rows, rows);
     for (int i = 0; i < kSteps; ++i) {
-      const Division d(lines_of(i, g, rows), columns_of(i), threads_);
-      meeting_.share(i, d.pieces(), [&](int64_t n) { step(i, g, b, 0, rows, d.piece(n)); });
+      const Division d(lines_of(i, g, rows), columns_of(i, call), threads_);
+      meeting_.share(meeting + i, d.pieces(), [&](int64_t n) { step(i, call, g, b, 0, rows, d.piece(n)); });
     }
   }
 
   const EncoderArgs p_;
+  const std::vector<EncoderLayer>& layers_;
   const KernelTable& table_;
+  int64_t widest_ = 0;
   int64_t threads_ = 1;
   int64_t group_ = 1;  // samples that a thread takes at once
   int64_t alone_ = 0;  // such groups

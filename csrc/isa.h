@@ -22,7 +22,9 @@ MONO_QUANT_EXPORT const char* mono_quant_isa();
 MONO_QUANT_EXPORT const char* mono_quant_available_isas();
 // 0 when `name` is in use from now on, 1 when it is unknown or unavailable here.
 MONO_QUANT_EXPORT int mono_quant_set_isa(const char* name);
-// Forgets the layers that the operator hold_decoder_layers has answered this number for; one that is not there is no error.
+// Forget the layers that the operators hold_decoder_layers and hold_encoder_layers have answered this number for; one that
+// is not there is no error.
 MONO_QUANT_EXPORT void mono_quant_release_decoder_layers(int64_t number);
+MONO_QUANT_EXPORT void mono_quant_release_encoder_layers(int64_t number);
 
 }

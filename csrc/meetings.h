@@ -40,6 +40,13 @@ class Meetings {
   // all threads that come to this meeting throw its error, and none goes on to the next.
   template <class Task>
   void share(int64_t meeting, int64_t pieces, const Task& task) {
+    work(meeting, pieces, task);
+    wait(meeting, pieces);
+  }
+
+  // The two halves of `share`, for those who have other work in between; the second must come in any case.
+  template <class Task>
+  void work(int64_t meeting, int64_t pieces, const Task& task) {
     Counter& counter = counters_[(size_t)meeting];
     for (int64_t i; (i = counter.next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
       try {
@@ -49,6 +56,10 @@ class Meetings {
       }
       counter.done.fetch_add(1, std::memory_order_release);  // also where it threw, or the others would wait for ever
     }
+  }
+
+  void wait(int64_t meeting, int64_t pieces) const {
+    const Counter& counter = counters_[(size_t)meeting];
     for (int64_t spins = 0; counter.done.load(std::memory_order_acquire) < pieces; ++spins) {
       if (spins > 4096) sched_yield();
 #if defined(__x86_64__)

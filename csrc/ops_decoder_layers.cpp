@@ -2,90 +2,19 @@
 //
 // A decoder of thirty layers has a thousand tensors, and to hand them over for each token would take longer than many a
 // layer. So they are handed over once, and calls name them by a number.
-#include <map>
-#include <memory>
-#include <mutex>
-
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#define MONO_QUANT_CAN_FORK 1
-#endif
-
 #include "decoder_operands.h"
+#include "held_layers.h"
 
 namespace mono_quant {
 namespace {
 
 struct HeldDecoder {
+  static constexpr const char* kKind = "decoder";
   DecoderShape shape = {};
   float scale = 0;
   std::vector<Tensor> weights;
   std::vector<DecoderLayer> layers;
 };
-
-class HeldDecoders {
- public:
-  static HeldDecoders& all() {
-    static HeldDecoders* const held = create();  // never destroyed: threads may outlive static objects
-    return *held;
-  }
-  int64_t add(std::shared_ptr<const HeldDecoder> decoder) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    held_[next_] = std::move(decoder);
-    return next_++;
-  }
-  std::shared_ptr<const HeldDecoder> get(int64_t number) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = held_.find(number);
-    if (found == held_.end()) fail("there are no decoder layers of number " + std::to_string(number));
-    return found->second;
-  }
-  void drop(int64_t number) {
-    std::shared_ptr<const HeldDecoder> last;  // destroyed after the lock is released
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = held_.find(number);
-    if (found == held_.end()) return;
-    last = std::move(found->second);
-    held_.erase(found);
-  }
-
- private:
-  static HeldDecoders* create() {
-#if MONO_QUANT_CAN_FORK
-    // Another thread may hold the lock when the process forks; in the child nobody would release it.
-    pthread_atfork([] { all().mutex_.lock(); }, [] { all().mutex_.unlock(); }, [] { all().mutex_.unlock(); });
-#endif
-    return new HeldDecoders;
-  }
-
-  std::mutex mutex_;
-  std::map<int64_t, std::shared_ptr<const HeldDecoder>> held_;
-  int64_t next_ = 0;
-};
-
-template <typename T>
-const T* elements_now(const Tensor& held, int32_t dtype, int64_t numel) {
-  const void* data = held.data_now(dtype, numel);
-  if (!data) fail("a tensor of a decoder layer has been given data of another kind");
-  return static_cast<const T*>(data);
-}
-
-// Where the tensors of a linear layer lie now: their data may have been exchanged or moved, into shared memory say.
-void look_again(const Tensor* t, Floats* floats, PackedLayer* layer) {
-  const int64_t n = layer->outputs, scales = n * layer->groups();
-  if (layer->packed) {
-    layer->packed = elements_now<int8_t>(t[0], aoti_torch_dtype_int8(), tile_bytes(layer->inputs, n));
-    layer->column_sum = elements_now<int32_t>(t[1], aoti_torch_dtype_int32(), n);
-  } else {
-    layer->words = elements_now<void>(t[0], aoti_torch_dtype_int32(), n * layer->row_bytes / 4);
-  }
-  layer->weight_scale = elements_now<float>(t[2], aoti_torch_dtype_float32(), scales);
-  const int32_t bias = t[3].dtype_now();
-  layer->bias = floats->of(elements_now<void>(t[3], bias, n), float_type(bias, "the bias of a decoder layer"), n);
-  if (layer->weight_zero_point) {
-    layer->weight_zero_point = elements_now<int8_t>(t[4], aoti_torch_dtype_int8(), scales);
-  }
-}
 
 std::vector<DecoderLayer> current_layers(const HeldDecoder& held, Floats* floats) {
   std::vector<DecoderLayer> layers = held.layers;
@@ -131,7 +60,7 @@ void hold_decoder_layers(StableIValue* stack, uint64_t, uint64_t) {
     layer.attention_eps = (float)eps[(size_t)(i * kDecoderNorms)];
     layer.output_eps = (float)eps[(size_t)(i * kDecoderNorms + 1)];
   }
-  stack[0] = torch::stable::detail::from(HeldDecoders::all().add(std::move(held)));
+  stack[0] = torch::stable::detail::from(HeldLayers<HeldDecoder>::all().add(std::move(held)));
 }
 
 // What the operators take, kept for the call.
@@ -153,7 +82,7 @@ void take_operands(StableIValue* stack, StableIValue* rest, Call* c) {
   c->sine = take_tensor(rest[1]);
   c->mask = take_optional_tensor(rest[2]);
   c->a.causal = take_bool(rest[3]);
-  c->held = HeldDecoders::all().get(take_int(stack[0]));
+  c->held = HeldLayers<HeldDecoder>::all().get(take_int(stack[0]));
   c->a.scale = c->held->scale;
   c->layers = current_layers(*c->held, &c->floats);
   check(c->keys.size() == c->layers.size() && c->values.size() == c->layers.size(),
@@ -196,7 +125,9 @@ void decoder_layers_static_cache(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 }  // namespace mono_quant
 
-void mono_quant_release_decoder_layers(int64_t number) { mono_quant::HeldDecoders::all().drop(number); }
+void mono_quant_release_decoder_layers(int64_t number) {
+  mono_quant::HeldLayers<mono_quant::HeldDecoder>::all().drop(number);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(mono_quant, CPU, m) {
   m.impl("hold_decoder_layers", &mono_quant::hold_decoder_layers);

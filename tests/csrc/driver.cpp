@@ -586,6 +586,7 @@ int main() {
   }
   if (mono_quant_set_isa("no such set") == 0) return 3;
   test_meetings();
+  test_meetings_in_halves();
   if (failures) std::fprintf(stderr, "%d failures\n", failures);
   return failures ? 1 : 0;
 }

@@ -31,3 +31,33 @@ void test_meetings() {
     }
   }
 }
+
+// Work that is waited for later: in between there is other work.
+void test_meetings_in_halves() {
+  constexpr int kLayers = 20, kPieces = 5, kThreads = 4;
+  for (const bool throwing : {false, true}) {
+    Meetings meetings(2 * kLayers);
+    std::atomic<int> first[kLayers] = {}, second[kLayers] = {}, told{0};
+    const auto work = [&] {
+      try {
+        for (int layer = 0; layer < kLayers; ++layer) {
+          meetings.work(2 * layer, kPieces, [&](int64_t piece) {
+            if (layer > 0) expect(second[layer - 1] == kPieces, "a layer began before the end of another");
+            if (throwing && layer == 7 && piece == 2) throw std::runtime_error("piece 2");
+            ++first[layer];
+          });
+          meetings.share(2 * layer + 1, kPieces, [&](int64_t) { ++second[layer]; });
+          meetings.wait(2 * layer, kPieces);
+          expect(first[layer] == kPieces, "a thread did not wait for the work of others");
+        }
+      } catch (const std::runtime_error&) {
+        ++told;
+      }
+    };
+    std::vector<std::thread> threads;
+    for (int i = 0; i < kThreads; ++i) threads.emplace_back(work);
+    for (std::thread& thread : threads) thread.join();
+    expect(told == (throwing ? kThreads : 0), "not all threads tell of an error in work that is waited for later");
+    expect(throwing || second[kLayers - 1] == kPieces, "work that is waited for later is left undone");
+  }
+}

@@ -50,6 +50,11 @@ def encoder(shape: tuple[int, int], mask: Tensor | None = None, **options: Any) 
     return operands.arguments(torch.randn(*shape, operands.width), mask)
 
 
+def encoder_stack(shape: tuple[int, int], mask: Tensor | None = None) -> tuple[Any, ...]:
+    x, mask, weights, heads, scale, *eps, activation = encoder(shape, mask)
+    return OPS.hold_encoder_layers(weights * 2, heads, scale, eps * 2, activation), x, mask
+
+
 def decoder(shape: tuple[int, int], past: int, mask: Tensor | None = None, causal: bool = True) -> tuple[Any, ...]:
     width, heads, key_heads, depth, wide = 12, 4, 2, 6, 21
     sizes = {
@@ -149,6 +154,11 @@ CASES: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
         lambda: encoder((1, 7), torch.zeros(1, 1, 1, 7), activation="none"),
         lambda: encoder((0, 3)),
     ],
+    "encoder_layers": [
+        lambda: encoder_stack((2, 5)),
+        lambda: encoder_stack((3, 4), sees(3, 4, torch.Generator())),
+        lambda: encoder_stack((0, 3)),
+    ],
     "decoder_layer": [
         lambda: decoder((2, 5), past=0),
         lambda: decoder((1, 1), past=7, causal=False),
@@ -182,7 +192,7 @@ EACH_CASE = [
 
 def test_every_operator_has_cases_a_reference_and_a_shape() -> None:
     # What answers a number by which weights are known is called once, and by no graph.
-    assert CASES.keys() | {"hold_decoder_layers"} == ops.SCHEMAS.keys()
+    assert CASES.keys() | {"hold_decoder_layers", "hold_encoder_layers"} == ops.SCHEMAS.keys()
     assert ops.NAMESPACE == "mono_quant"
 
 

@@ -28,6 +28,7 @@ from mono_quant.ops.decoder_stack_reference import (
     hold_decoder_layers,
 )
 from mono_quant.ops.encoder_reference import encoder_layer, hidden_states_shape
+from mono_quant.ops.encoder_stack_reference import encoder_layers, hold_encoder_layers
 
 NAMESPACE = "mono_quant"
 
@@ -49,6 +50,8 @@ SCHEMAS: dict[str, str] = {
     "count_values": "(Tensor x, int bins, int exponent) -> Tensor",
     "encoder_layer": "(Tensor x, Tensor? mask, Tensor[] weights, int heads, float scale, float attention_eps, "
     "float output_eps, str activation) -> Tensor",
+    "hold_encoder_layers": "(Tensor[] weights, int heads, float scale, float[] eps, str activation) -> int",
+    "encoder_layers": "(int held, Tensor x, Tensor? mask) -> Tensor",
     "decoder_layer": "(Tensor x, Tensor past_keys, Tensor past_values, Tensor cosine, Tensor sine, Tensor? mask, "
     "Tensor[] weights, int heads, float scale, float attention_eps, float output_eps, bool causal, str activation) "
     "-> (Tensor, Tensor, Tensor)",
@@ -66,6 +69,8 @@ SCHEMAS: dict[str, str] = {
 
 _WHOLE: dict[str, Callable[..., Any]] = {
     "encoder_layer": encoder_layer,
+    "hold_encoder_layers": hold_encoder_layers,
+    "encoder_layers": encoder_layers,
     "decoder_layer": decoder_layer,
     "decoder_layer_static_cache": decoder_layer_static_cache,
     "hold_decoder_layers": hold_decoder_layers,
@@ -172,6 +177,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "linear_half": _linear_half_shape,
     "count_values": _count_values_shape,
     "encoder_layer": hidden_states_shape,
+    "encoder_layers": _second_shape,
     "decoder_layer": decoder_layer_shape,
     "decoder_layer_static_cache": hidden_states_shape,
     "decoder_layers": decoder_layers_shape,

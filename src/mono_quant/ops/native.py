@@ -43,6 +43,8 @@ _OPERATORS = frozenset(
         "linear_half",
         "count_values",
         "encoder_layer",
+        "hold_encoder_layers",
+        "encoder_layers",
         "decoder_layer",
         "decoder_layer_static_cache",
         "hold_decoder_layers",
@@ -109,6 +111,13 @@ def release_decoder_layers(number: int) -> None:
         library.mono_quant_release_decoder_layers(number)
 
 
+def release_encoder_layers(number: int) -> None:
+    """Forget the layers of a number that the operator ``hold_encoder_layers`` has answered; not loaded, do nothing."""
+    library = _state().library
+    if library is not None:
+        library.mono_quant_release_encoder_layers(number)
+
+
 def is_switched_off() -> bool:
     """Say whether the environment keeps the library from being loaded."""
     return os.environ.get(SWITCH) == "0"
@@ -142,8 +151,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function.argtypes = []
     library.mono_quant_set_isa.restype = ctypes.c_int
     library.mono_quant_set_isa.argtypes = [ctypes.c_char_p]
-    library.mono_quant_release_decoder_layers.restype = None
-    library.mono_quant_release_decoder_layers.argtypes = [ctypes.c_int64]
+    for release in (library.mono_quant_release_decoder_layers, library.mono_quant_release_encoder_layers):
+        release.restype = None
+        release.argtypes = [ctypes.c_int64]
     return library
 
 
