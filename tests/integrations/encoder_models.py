@@ -97,14 +97,15 @@ def fused_names(model: nn.Module) -> list[str]:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the calls of ``encoder_layer``."""
+    """Counts the calls of ``encoder_layer``, and of all layers together."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.calls = self.together = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += func is torch.ops.mono_quant.encoder_layer.default
+        self.together += func is torch.ops.mono_quant.encoder_layers.default
         return func(*args, **kwargs or {})
 
 
@@ -116,10 +117,10 @@ def hidden(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def count(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """Answer how many layers run as one call."""
+    """Answer how many layers run as one call, be it of their own or of all of them."""
     with Counter() as counter:
         hidden(model, *args, **kwargs)
-    return counter.calls
+    return counter.calls + counter.together * len(fused_names(model))
 
 
 def close(first: Tensor, second: Tensor) -> bool:

@@ -19,6 +19,7 @@ from transformers import DynamicCache, LlamaModel, StaticCache
 import mono_quant
 from mono_quant import ops
 from mono_quant.modules import LayerStack, QuantizedLinear, fused_layer, layer_stack, restore_layers
+from mono_quant.modules.decoder_stack import DecoderStack
 from mono_quant.ops import native
 from tests.modules.test_decoder_layer import Counter, build, close, keeping, logits, quantized, unfused, words
 from tests.ops.operands import same_bits
@@ -312,7 +313,7 @@ class TestCompiled:
     @pytest.mark.filterwarnings("ignore:mono_quant..linear_dynamic:UserWarning")
     def test_on_another_backend_graphs_hold_the_parts(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         wanted, _ = logits(model, words())
-        monkeypatch.setattr(LayerStack, "run_layers", None)
+        monkeypatch.setattr(DecoderStack, "run_layers", None)
         with ops.use_backend("torch"), torch.no_grad():
             answer = torch.compile(model, backend="aot_eager", fullgraph=True)(words(), use_cache=False).logits
         assert close(answer, wanted)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mono_quant.integrations.whole_layers import attention_settings, why_not_whole
 from mono_quant.modules.decoder_layer import DecoderLayout
+from mono_quant.modules.decoder_stack import DecoderStack
 from mono_quant.modules.fused_layer import register_layout
 from mono_quant.modules.layer_operands import Setting
 from mono_quant.modules.layer_stack import StackLayout, register_stack
@@ -124,4 +125,4 @@ def _refuse_stack(model: nn.Module) -> str | None:
 for _model, _name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2")):
     _module = f"transformers.models.{_model}.modeling_{_model}"
     register_layout(f"{_module}.{_name}DecoderLayer", _layout(f"{_module}.{_name}RMSNorm"))
-    register_stack(f"{_module}.{_name}Model", StackLayout("layers", _refuse_stack))
+    register_stack(f"{_module}.{_name}Model", DecoderStack, StackLayout("layers", _refuse_stack))

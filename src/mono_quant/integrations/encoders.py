@@ -8,8 +8,10 @@ from torch import nn
 
 from mono_quant.integrations.whole_layers import attention_settings, why_not_whole
 from mono_quant.modules.encoder_layer import EncoderLayout
+from mono_quant.modules.encoder_stack import EncoderStack
 from mono_quant.modules.fused_layer import register_layout
 from mono_quant.modules.layer_operands import Setting
+from mono_quant.modules.layer_stack import StackLayout, register_stack
 
 
 def _refuse_bert(layer: nn.Module) -> str | None:
@@ -68,9 +70,16 @@ _DISTILBERT: Final = EncoderLayout(
     refuse_settings=_distilbert_settings,
 )
 
-register_layout("transformers.models.bert.modeling_bert.BertLayer", _BERT)
-register_layout("transformers.models.roberta.modeling_roberta.RobertaLayer", _BERT)
-register_layout("transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer", _BERT)
-register_layout("transformers.models.camembert.modeling_camembert.CamembertLayer", _BERT)
-register_layout("transformers.models.electra.modeling_electra.ElectraLayer", _BERT)
-register_layout("transformers.models.distilbert.modeling_distilbert.TransformerBlock", _DISTILBERT)
+_LAYER_LIST: Final = StackLayout("layer")
+# For each family its module and the names of its layers and of what calls them.
+for _module, _layer, _encoder, _layout in (
+    ("bert", "BertLayer", "BertEncoder", _BERT),
+    ("roberta", "RobertaLayer", "RobertaEncoder", _BERT),
+    ("xlm_roberta", "XLMRobertaLayer", "XLMRobertaEncoder", _BERT),
+    ("camembert", "CamembertLayer", "CamembertEncoder", _BERT),
+    ("electra", "ElectraLayer", "ElectraEncoder", _BERT),
+    ("distilbert", "TransformerBlock", "Transformer", _DISTILBERT),
+):
+    _path = f"transformers.models.{_module}.modeling_{_module}"
+    register_layout(f"{_path}.{_layer}", _layout)
+    register_stack(f"{_path}.{_encoder}", EncoderStack, _LAYER_LIST)

@@ -2,87 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from typing import Any, Final
-from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
+from mono_quant.modules.call_arguments import cache_in, cache_names
 from mono_quant.modules.compiled_layer import HeldCache, layer_of
-from mono_quant.modules.decoder_layer import DecoderLayout, angles_fit, is_empty, is_of_type
+from mono_quant.modules.decoder_layer import DecoderLayout, angles_fit, is_empty, is_of_type, unknown_argument
 from mono_quant.modules.encoder_layer import attribute
-from mono_quant.modules.fused_layer import FusedLayer, hooks_of
+from mono_quant.modules.fused_layer import FusedLayer, hooks_of, why_parts
 from mono_quant.modules.layer_operands import Operands
-from mono_quant.ops import native
+from mono_quant.modules.layer_stack import LayerStack, all_fused
+from mono_quant.modules.stack_operands import StackOperands, hand_over
+from mono_quant.ops import get_backend, native
 
 _UNLIKE: Final = "their caches are of several kinds or hold different numbers of tokens"
 
 
-@dataclass(frozen=True, eq=False)
-class StackOperands:
-    """The layers' operands as they were when the native library was handed their weights.
+class DecoderStack(LayerStack):
+    """What a decoder model becomes whose layers can run as one operator.
 
-    Attributes:
-        layers: The list of them, which others may have taken the place of since.
-        held: The number by which the library knows them, until these operands are gone.
-        contents: By what to tell whether they are still the model's.
-        types: The classes of the layers.
-        places: The layers' places in a cache.
+    Its ``forward`` calls each element of a slice of its layers with hidden states first, and the rest by name.
     """
 
-    layers: nn.ModuleList
-    held: int
-    contents: Operands
-    types: tuple[type[nn.Module], ...]
-    places: tuple[int, ...]
+    layer_layout = DecoderLayout
+    goes_by_slices = True
+    compiles = True
 
-    def are_current(self, layers: nn.ModuleList) -> bool:
-        """Say whether no layer, no module in one, no tensor and no setting has been replaced since."""
-        return layers is self.layers and self.types == tuple(map(type, layers)) and self.contents.are_current()
+    def run_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, angles = args[0], kwargs.get("position_embeddings")
+        layers = self.all_layers()
+        first: Any = layers[0]
+        if len(args) > 1 or angles is None or not isinstance(first, FusedLayer):
+            return NotImplemented
+        if unknown_argument(type(first), kwargs) is not None or not first.takes(x):
+            return NotImplemented
+        cache, mask = cache_in(type(first), kwargs), kwargs.get("attention_mask")
+        if torch.compiler.is_compiling():
+            return _call_from_graph(self.number, layers, x, angles, mask, cache)
+        return self._run(x, angles, mask, cache)
 
+    def run_layers(self, x: Tensor, caches: Sequence[HeldCache], angles: tuple[Tensor, Tensor], mask: Any) -> Tensor:
+        """Answer what the layers answer, for a compiled graph that hands their caches on.
 
-def all_fused(layers: Any) -> bool:
-    """Say whether each of ``layers`` is a decoder layer that can run as one operator."""
-    return all(isinstance(layer, FusedLayer) and isinstance(layer.layout, DecoderLayout) for layer in layers)
+        Args:
+            x: ``[samples, length, width]``.
+            caches: One for each layer; changed.
+            angles: Cosine and sine, ``[samples or 1, length, depth]``.
+            mask: As the layers take it.
+        """
+        out = self._run(x, angles, mask, caches) if get_backend() == "native" else NotImplemented
+        if isinstance(out, Tensor):
+            return out
+        self.report(out)
+        for layer, cache in zip(self.all_layers(), caches, strict=True):
+            # Not the layer itself: its hooks are part of graphs.
+            named = {cache_names(type(layer))[0]: cache}
+            x = type(layer).forward(layer, x, attention_mask=mask, position_embeddings=angles, **named)
+        return x
 
+    def gather(self) -> Any:
+        return hand_over(self.all_layers(), _kind, _hold, native.release_decoder_layers)
 
-def gather_stack(layers: nn.ModuleList) -> Any:
-    """Hand the weights of ``layers``, all of them fused, to the native library.
-
-    Returns:
-        The operands (:class:`StackOperands`); why the layers cannot run in one call; or ``NotImplemented`` where a
-        layer has said so itself.
-    """
-    found: list[Operands] = []
-    for layer in layers:
-        operands = layer.operands()  # type: ignore[operator]
+    def _run(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Any, cache: Any) -> Any:
+        operands = self.operands()
         if operands is None:
             return NotImplemented
-        found.append(operands)
-    weights = [tensor for each in found for tensor in each.weights]
-    if len({_kind(each) for each in found}) > 1:
-        return "their heads, activations or dtypes are of several kinds"
-    if not all(tensor.is_contiguous() for tensor in weights):
-        return "a weight is not contiguous"
-    constants = found[0].constants
-    eps = [number for each in found for number in each.constants["eps"]]
+        reason = why_parts(operands.contents)
+        return reason if reason is not None else _call(self.all_layers(), operands, x, angles, mask, cache)
+
+
+def _kind(operands: Operands) -> Hashable:
+    constants = operands.constants
+    empty = constants["empty"]
+    return constants["heads"], empty.shape, empty.dtype, constants["scale"], constants["activation"]
+
+
+def _hold(weights: list[Tensor], first: Operands, eps: list[float]) -> int:
+    constants = first.constants
     _, key_heads, _, depth = constants["empty"].shape
-    held = torch.ops.mono_quant.hold_decoder_layers.default(
+    held: int = torch.ops.mono_quant.hold_decoder_layers.default(
         weights, constants["heads"], key_heads, depth, constants["scale"], eps, constants["activation"]
     )
-    linears = tuple(linear for each in found for linear in each.linears)
-    norms = tuple(norm for each in found for norm in each.norms)
-    settings = tuple(setting for each in found for setting in each.settings)
-    contents = Operands.of(layers, linears, norms, [], constants, settings)
-    places = tuple(each.constants["index"] for each in found)
-    stack = StackOperands(layers, held, contents, tuple(map(type, layers)), places)
-    finalize(stack, native.release_decoder_layers, held)
-    return stack
+    return held
 
 
-def call_stack(
+def _call(
     layers: nn.ModuleList, operands: StackOperands, x: Tensor, angles: tuple[Tensor, Tensor], mask: Any, cache: Any
 ) -> Any:
     """Answer what ``layers`` answer, in one call.
@@ -137,12 +144,12 @@ def call_stack(
     return out
 
 
-def call_stack_from_graph(
+def _call_from_graph(
     number: int, layers: nn.ModuleList, x: Tensor, angles: tuple[Tensor, Tensor], mask: Any, cache: Any
 ) -> Any:
     """Answer the output of ``layers`` as one operator of a graph that is being compiled.
 
-    The graph knows them by ``number``. What else may be answered: see :func:`call_stack`.
+    The graph knows them by ``number``. What else may be answered: see :func:`_call`.
     """
     first: Any = layers[0]
     places = _places_in_graphs(number)
@@ -186,7 +193,7 @@ def _places_in_graphs(number: int) -> tuple[int, ...] | str | None:
     by the operator.
     """
     layers = layer_of(number).all_layers()  # type: ignore[operator]
-    if not all_fused(layers):
+    if not all_fused(layers, DecoderLayout):
         return None
     for layer in layers:
         if layer._forward_hooks or layer._forward_pre_hooks:
@@ -215,12 +222,6 @@ def _keep(caches: Sequence[Any], keys: Sequence[Tensor], values: Sequence[Tensor
 def _counts(held: Any) -> bool:
     """Say whether ``held`` has room for all tokens and counts those that are there."""
     return getattr(held, "cumulative_length", None) is not None
-
-
-def _kind(operands: Operands) -> tuple[Any, ...]:
-    constants = operands.constants
-    empty = constants["empty"]
-    return constants["heads"], empty.shape, empty.dtype, constants["scale"], constants["activation"]
 
 
 def _alike(keys: Sequence[Tensor]) -> bool:

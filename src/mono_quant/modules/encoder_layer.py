@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mono_quant.modules.call_arguments import name_of_place, unknown_names
 from mono_quant.modules.fused_layer import FusedLayer, LayerLayout, gate_activation
@@ -76,21 +76,19 @@ class EncoderLayout(LayerLayout):
         return {
             "heads": int(attribute(layer, self.heads)),
             "scale": float(attribute(layer, self.scale)),
+            "eps": [float(attribute(layer, f"{norm}.eps")) for norm in self.norms],
             "activation": gate_activation(layer, self),
         }
 
     def settings(self, layer: nn.Module) -> Sequence[Setting]:
-        return [setting(layer, self.heads), setting(layer, self.scale), *self.refuse_settings(layer)]
+        names = [self.heads, self.scale, *(f"{norm}.eps" for norm in self.norms)]
+        return [*(setting(layer, name) for name in names), *self.refuse_settings(layer)]
 
     def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        unknown = _unknown_argument(layer, args, kwargs)
-        if unknown is not None:
-            layer.report_unknown(unknown)
+        given = inputs_of_call(layer, args, kwargs)
+        if given is None:
             return NotImplemented
-        x = args[0] if args else kwargs.get("hidden_states")
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if x is None or not layer.takes(x) or not layer.takes_mask(mask, x.shape[0], x.shape[1], x.shape[1]):
-            return NotImplemented
+        x, mask = given
         if torch.compiler.is_compiling():
             if not layer.is_compiled_whole():
                 return NotImplemented
@@ -98,11 +96,27 @@ class EncoderLayout(LayerLayout):
         operands = layer.operands()
         if operands is None or x.shape[2] != operands.linears[0].in_features or layer.needs_its_parts(operands):
             return NotImplemented
-        first, second = operands.norms
+        constants = operands.constants
         return torch.ops.mono_quant.encoder_layer.default(
-            x, mask, operands.weights, operands.constants["heads"], operands.constants["scale"], first.eps, second.eps,
-            operands.constants["activation"],
+            x, mask, operands.weights, constants["heads"], constants["scale"], *constants["eps"],
+            constants["activation"],
         )  # fmt: skip
+
+
+def inputs_of_call(
+    layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Answer hidden states and mask of a call of ``layer``; ``None`` where no operator takes it, which it reports."""
+    unknown = _unknown_argument(layer, args, kwargs)
+    if unknown is not None:
+        layer.report_unknown(unknown)
+        return None
+    x = args[0] if args else kwargs.get("hidden_states")
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    if not layer.takes(x):
+        return None
+    assert isinstance(x, Tensor)
+    return (x, mask) if layer.takes_mask(mask, x.shape[0], x.shape[1], x.shape[1]) else None
 
 
 def _unknown_argument(layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

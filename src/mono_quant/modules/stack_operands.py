@@ -1,0 +1,75 @@
+"""What the operator of all layers of a model computes with: the operands of each, handed over once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+from weakref import finalize
+
+from torch import Tensor, nn
+
+from mono_quant.modules.layer_operands import Operands
+
+
+@dataclass(frozen=True, eq=False)
+class StackOperands:
+    """The layers' operands as they were when the native library was handed their weights.
+
+    Attributes:
+        layers: The list of them, which others may have taken the place of since.
+        held: The number by which the library knows them, until these operands are gone.
+        contents: By what to tell whether they are still the model's; its constants are those of the first layer.
+        types: The classes of the layers.
+        places: What the layers have under ``index`` among their constants: places in a cache.
+    """
+
+    layers: nn.ModuleList
+    held: int
+    contents: Operands
+    types: tuple[type[nn.Module], ...]
+    places: tuple[int, ...]
+
+    def are_current(self, layers: nn.ModuleList) -> bool:
+        """Say whether no layer, no module in one, no tensor and no setting has been replaced since."""
+        return layers is self.layers and self.types == tuple(map(type, layers)) and self.contents.are_current()
+
+
+def hand_over(
+    layers: nn.ModuleList,
+    kind: Callable[[Operands], Hashable],
+    hold: Callable[[list[Tensor], Operands, list[float]], int],
+    release: Callable[[int], None],
+) -> Any:
+    """Hand the weights of ``layers``, all of them fused, to the native library.
+
+    Args:
+        layers: Each with ``eps`` among its constants.
+        kind: Answers of a layer what must be the same in all of them.
+        hold: From the weights of all layers, the operands of the first, and the ``eps`` of all, answers a number.
+        release: Called with that number when nobody knows it any more.
+
+    Returns:
+        The operands (:class:`StackOperands`); why the layers cannot run in one call; or ``NotImplemented`` where a
+        layer has said so itself.
+    """
+    found: list[Operands] = []
+    for layer in layers:
+        operands = layer.operands()  # type: ignore[operator]
+        if operands is None:
+            return NotImplemented
+        found.append(operands)
+    weights = [tensor for each in found for tensor in each.weights]
+    if len({kind(each) for each in found}) > 1:
+        return "their heads, activations or dtypes are of several kinds"
+    if not all(tensor.is_contiguous() for tensor in weights):
+        return "a weight is not contiguous"
+    held = hold(weights, found[0], [number for each in found for number in each.constants["eps"]])
+    linears = tuple(linear for each in found for linear in each.linears)
+    norms = tuple(norm for each in found for norm in each.norms)
+    settings = tuple(setting for each in found for setting in each.settings)
+    contents = Operands.of(layers, linears, norms, [], found[0].constants, settings)
+    places = tuple(each.constants.get("index", 0) for each in found)
+    stack = StackOperands(layers, held, contents, tuple(map(type, layers)), places)
+    finalize(stack, release, held)
+    return stack
