@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mono_quant.errors import InputError, InputTypeError
 from mono_quant.graph import StaticGraph, StaticOptions, quantize_static
 from mono_quant.graph.arithmetic import QParams
 from mono_quant.graph.layers.conv import QuantizedConvolution
@@ -44,6 +45,30 @@ def describe_anew(layer: QuantizedConvolution) -> None:
     layer.spec = replace(layer.spec, input=QParams(0.05, 3))
 
 
+def place_of(model: StaticGraph, kind: type) -> int:
+    return next(place for place, layer in enumerate(model.layers) if isinstance(layer, kind))
+
+
+def assign_layer(model: StaticGraph) -> None:
+    place = place_of(model, QuantizedConvolution)
+    other = copy.deepcopy(model.layers[place])
+    other.bias += 1.0
+    model.layers[place] = other
+
+
+def assign_layers(model: StaticGraph) -> None:
+    others = copy.deepcopy(model.layers)
+    others[place_of(model, QuantizedConvolution)].bias += 1.0
+    model.layers = others
+
+
+def wrap_layer(model: StaticGraph) -> None:
+    place = place_of(model, Table)
+    inverse = copy.deepcopy(model.layers[place])
+    inverse.table = torch.arange(255, -1, -1).to(torch.uint8)
+    model.layers[place] = nn.Sequential(model.layers[place], inverse)
+
+
 CHANGES: dict[str, Callable[[StaticGraph], Any]] = {
     "bias written to": lambda model: part(model, QuantizedConvolution).bias.add_(1.0),
     "bias replaced": lambda model: setattr(part(model, QuantizedConvolution), "bias", torch.full((8,), 0.5)),
@@ -55,6 +80,9 @@ CHANGES: dict[str, Callable[[StaticGraph], Any]] = {
     "table written to": lambda model: part(model, Table).table.copy_(torch.arange(255, -1, -1)),
     "table replaced": lambda model: setattr(part(model, Table), "table", torch.arange(255, -1, -1).to(torch.uint8)),
     "description replaced": lambda model: describe_anew(part(model, QuantizedConvolution, 2)),
+    "layer replaced": assign_layer,
+    "layer replaced by another module": wrap_layer,
+    "all layers replaced": assign_layers,
     "one layer loaded": lambda model: part(model, QuantizedConvolution).load_state_dict(
         {name: t // 2 for name, t in part(model, QuantizedConvolution).state_dict().items()}
     ),
@@ -73,6 +101,22 @@ def test_a_change_is_seen_by_the_next_call(name: str) -> None:
     assert not torch.equal(after, before)
     assert torch.equal(after, copy.deepcopy(model)(x))
     assert torch.equal(after, model(x))
+
+
+@pytest.mark.usefixtures("backend")
+def test_layers_of_another_number_are_refused() -> None:
+    model, x = network(), torch.randn(2, 3, 9, 9)
+    model(x)
+    del model.layers[-1]
+    with pytest.raises(InputError, match=r"5 steps, found 4 layers"):
+        model(x)
+
+
+def test_a_module_that_is_no_layer_of_a_graph_is_not_saved() -> None:
+    model = network()
+    wrap_layer(model)
+    with pytest.raises(InputTypeError, match=r"step '3' .* is a Sequential"):
+        model.describe()
 
 
 @pytest.mark.usefixtures("backend")

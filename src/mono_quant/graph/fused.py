@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mono_quant.core.free_memory import give_back_freed_memory
 from mono_quant.graph.arithmetic import LARGEST_CODE, QParams
@@ -125,13 +125,13 @@ class FusedRun:
 
 
 def fuse_steps(
-    steps: Sequence[Any], layers: Sequence[Layer], released: Sequence[tuple[int, ...]], answers: set[int]
+    steps: Sequence[Any], layers: Sequence[nn.Module], released: Sequence[tuple[int, ...]], answers: set[int]
 ) -> list[FusedRun]:
     """Answer the runs that a graph's steps form, and move the weights of their convolutions into them.
 
     Args:
         steps: The graph's steps.
-        layers: The layer of each step.
+        layers: The layer of each step, or another module in its place, which runs by itself.
         released: Values that nothing needs after each step.
         answers: Numbers of the values that the graph answers.
     """
@@ -144,14 +144,15 @@ def fuse_steps(
             inputs = tuple(dict.fromkeys(number for number in read if number not in made))
             outputs = tuple(number for number in sorted(made) if number in later)
             gone = {number for i in range(start, stop) for number in released[i]} - made
+            fused = [layer for layer in layers[start:stop] if isinstance(layer, Layer)]  # which all of them are
             # Taken note of before anything is copied, or a write in between would go unnoticed.
-            run = FusedRun(start, stop, inputs, outputs, tuple(sorted(gone)), Sources(layers[start:stop]))
-            _compile(run, steps[start:stop], layers[start:stop])
+            run = FusedRun(start, stop, inputs, outputs, tuple(sorted(gone)), Sources(fused))
+            _compile(run, steps[start:stop], fused)
             runs.append(run)
     return runs
 
 
-def _stretches(steps: Sequence[Any], layers: Sequence[Layer]) -> list[tuple[int, int]]:
+def _stretches(steps: Sequence[Any], layers: Sequence[nn.Module]) -> list[tuple[int, int]]:
     """Answer where consecutive steps with a native form start and stop; only those with a convolution among them."""
     found, start = [], 0
     for index in range(len(layers) + 1):
@@ -166,11 +167,11 @@ def _stretches(steps: Sequence[Any], layers: Sequence[Layer]) -> list[tuple[int,
     return found
 
 
-def _answers_matrix(layer: Layer) -> bool:
+def _answers_matrix(layer: nn.Module) -> bool:
     return isinstance(layer, GlobalAverage) and not layer.spec.keepdim
 
 
-def _is_fusable(layer: Layer) -> bool:
+def _is_fusable(layer: nn.Module) -> bool:
     if isinstance(layer, QuantizedConvolution):
         return layer.has_tiles()
     if isinstance(layer, MaxPool):
@@ -178,7 +179,7 @@ def _is_fusable(layer: Layer) -> bool:
     return isinstance(layer, _FUSABLE)
 
 
-def _pads_next(steps: Sequence[Any], layers: Sequence[Layer], index: int) -> bool:
+def _pads_next(steps: Sequence[Any], layers: Sequence[nn.Module], index: int) -> bool:
     """Say whether a step pads an image for the convolution that follows, and for nothing else."""
     layer = layers[index]
     if not isinstance(layer, Pad) or len(layer.spec.pad) > 4 or min(layer.spec.pad) < 0 or index + 1 == len(layers):

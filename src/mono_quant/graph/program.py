@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.calibration.batches import describe_value
-from mono_quant.errors import CheckpointError, InputError, MonoQuantError
+from mono_quant.errors import CheckpointError, InputError, InputTypeError, MonoQuantError
 from mono_quant.graph.fused import FusedRun, fuse_steps
 from mono_quant.graph.layers import KINDS, Layer
 from mono_quant.graph.layers.checks import require_sound
@@ -27,6 +27,17 @@ _REMEMBERED: Final = 64
 _Signature = tuple[tuple[torch.Size, torch.dtype, tuple[int, ...]], ...]
 
 _lock = ForkSafeLock()
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The fused runs of a graph by their first step, and the layers of all its steps when they were made."""
+
+    layers: tuple[nn.Module, ...]
+    by_start: dict[int, FusedRun]
+
+    def are_current(self, layers: tuple[nn.Module, ...]) -> bool:
+        return self.layers == layers and all(map(FusedRun.is_current, self.by_start.values()))
 
 
 @dataclass(frozen=True)
@@ -73,29 +84,29 @@ class StaticGraph(nn.Module):
         self.input_names = tuple(inputs)
         self.output = output
         self._values = max([len(inputs) - 1, *(step.output for step in steps)]) + 1
-        released = _last_uses(self.steps, set(numbers_in(output)))
-        self._calls = tuple(zip(self.steps, layers, released, strict=True))
-        self._runs: dict[int, FusedRun] | None = None
+        self._released = _last_uses(self.steps, set(numbers_in(output)))
+        self._runs: _Runs | None = None
         self._unfit: set[tuple[int, _Signature]] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         values: list[Any] = [None] * self._values
         given = self._bind(args, kwargs)
         report_lost_gradients(given)
+        layers = self._layers_now()
         values[: len(self.input_names)] = given
         name = ""
-        runs = self._fused_runs(given)
+        runs = self._fused_runs(layers, given)
         index = 0
         try:
-            while index < len(self._calls):
+            while index < len(layers):
                 run = runs.get(index)
                 if run is not None and self._run_fused(run, values):
                     index = run.stop
                     continue
-                step, layer, released = self._calls[index]
+                step = self.steps[index]
                 name = step.name
-                values[step.output] = layer(*[values[number] for number in step.inputs])
-                for number in released:
+                values[step.output] = layers[index](*[values[number] for number in step.inputs])
+                for number in self._released[index]:
                     values[number] = None
                 index += 1
         except (MonoQuantError, MemoryError, torch.OutOfMemoryError):
@@ -109,22 +120,31 @@ class StaticGraph(nn.Module):
             ) from error
         return output_of(self.output, values)
 
-    def _fused_runs(self, given: list[Any]) -> dict[int, FusedRun]:
+    def _layers_now(self) -> tuple[nn.Module, ...]:
+        """Answer the layer of each step, which others may have taken the place of since the last call."""
+        layers = tuple(self.layers._modules.values())
+        if len(layers) != len(self.steps):
+            raise InputError(
+                f"the static graph has {len(self.steps)} steps, found {len(layers)} layers",
+                suggestion="Put another layer into the place of one; steps cannot be added or taken away.",
+            )
+        return layers
+
+    def _fused_runs(self, layers: tuple[nn.Module, ...], given: list[Any]) -> dict[int, FusedRun]:
         """Answer the runs in use, by their first step; none where the native kernels do not run."""
         if get_backend() != "native" or not all(isinstance(x, Tensor) and x.device.type == "cpu" for x in given):
             return {}
         runs = self._runs
-        if runs is not None and all(map(FusedRun.is_current, runs.values())):
-            return runs
+        if runs is not None and runs.are_current(layers):
+            return runs.by_start
         with _lock:
-            if self._runs is None or not all(map(FusedRun.is_current, self._runs.values())):
-                layers = [layer for _, layer, _ in self._calls]
+            runs = self._runs
+            if runs is None or not runs.are_current(layers):
                 if any(b.device.type != "cpu" for b in self.buffers()):
                     return {}
-                released = [numbers for _, _, numbers in self._calls]
-                made = fuse_steps(self.steps, layers, released, set(numbers_in(self.output)))
-                self._runs = {run.start: run for run in made}
-            return self._runs
+                made = fuse_steps(self.steps, layers, self._released, set(numbers_in(self.output)))
+                self._runs = runs = _Runs(layers, {run.start: run for run in made})
+            return runs.by_start
 
     def _run_fused(self, run: FusedRun, values: list[Any]) -> bool:
         """Run several steps as one; answer whether that could be done."""
@@ -143,12 +163,7 @@ class StaticGraph(nn.Module):
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runs": None, "_calls": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        released = _last_uses(self.steps, set(numbers_in(self.output)))
-        self._calls = tuple(zip(self.steps, [_layer(x) for x in self.layers], released, strict=True))
+        return {**self.__dict__, "_runs": None}
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         given = dict(zip(self.parameter_names, args, strict=False)) | kwargs
@@ -182,7 +197,11 @@ class StaticGraph(nn.Module):
         )
 
     def describe(self) -> dict[str, Any]:
-        """Answer the graph without its numbers as plain values for a checkpoint; :meth:`from_description` undoes it."""
+        """Answer the graph without its numbers as plain values for a checkpoint; :meth:`from_description` undoes it.
+
+        Raises:
+            InputTypeError: A module that is no layer of a graph stands in the place of one.
+        """
         return {
             "format_version": FORMAT_VERSION,
             "parameters": list(self.parameter_names),
@@ -193,7 +212,7 @@ class StaticGraph(nn.Module):
                     "name": step.name,
                     "inputs": list(step.inputs),
                     "output": step.output,
-                    "layer": _layer(layer).describe(),
+                    "layer": _layer(step, layer).describe(),
                 }
                 for step, layer in zip(self.steps, self.layers, strict=True)
             ],
@@ -263,8 +282,12 @@ def _signature(run: FusedRun, values: Sequence[Any]) -> _Signature:
     return tuple((value.shape, value.dtype, value.stride()) for value in given)
 
 
-def _layer(module: nn.Module) -> Layer:
-    assert isinstance(module, Layer)
+def _layer(step: Step, module: nn.Module) -> Layer:
+    if not isinstance(module, Layer):
+        raise InputTypeError(
+            f"step {step.name!r} of the static graph is a {type(module).__name__}, expected a layer of a graph",
+            suggestion="It runs so, but no checkpoint can hold it: put the layer back before you save.",
+        )
     return module
 
 
