@@ -156,12 +156,3 @@ def test_layers_quantized_in_inference_mode_hold_tensors_that_count_their_versio
     with torch.inference_mode():
         model = network()
     assert not any(buffer.is_inference() for buffer in model.buffers())
-
-
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
-def test_a_graph_that_has_run_can_be_exported() -> None:
-    model, x = network(), torch.randn(2, 3, 9, 9)
-    expected = model(x)
-    if not model._runs:
-        pytest.skip("the native kernels do not run here")
-    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)

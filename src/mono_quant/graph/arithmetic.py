@@ -76,8 +76,11 @@ def round_to_codes(values: Tensor, out: QParams) -> Tensor:
 def quantize(x: Tensor, out: QParams) -> Tensor:
     """Answer floating-point ``x`` as uint8 codes; images and volumes come out channels-last.
 
-    Works sample by sample, so that all but the first pass find their data in the cache.
+    Works sample by sample, so that all but the first pass find their data in the cache; but not in a program that is
+    exported, whose number of samples that would fix.
     """
+    if torch.compiler.is_exporting():
+        return round_to_codes(x.to(torch.float32, copy=True), out).contiguous(memory_format=memory_format(x.dim()))
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device, memory_format=memory_format(x.dim()))
     for sample, target in zip(x, codes, strict=True):
         fresh = round_to_codes(sample.to(torch.float32, copy=True), out)

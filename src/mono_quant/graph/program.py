@@ -16,12 +16,18 @@ from mono_quant.graph.layers import KINDS, Layer
 from mono_quant.graph.layers.checks import require_sound
 from mono_quant.graph.layers.layer import build_layer, report_lost_gradients
 from mono_quant.locks import ForkSafeLock
+from mono_quant.modules.fused_layer import report_once
 from mono_quant.ops import get_backend
 
 FORMAT_VERSION: Final = 1
 
 # Kinds of inputs that did not suit a fused run; beyond, they are found out again.
 _REMEMBERED: Final = 64
+
+_EXPORTED_BY_STEPS: Final = (
+    "a static graph that has not run on the native backend is exported step by step, in float64: call it once before "
+    "torch.export for a program with native kernels"
+)
 
 # Shape, dtype and strides of each input of a fused run.
 _Signature = tuple[tuple[torch.Size, torch.dtype, tuple[int, ...]], ...]
@@ -137,6 +143,10 @@ class StaticGraph(nn.Module):
         runs = self._runs
         if runs is not None and runs.are_current(layers):
             return runs.by_start
+        if torch.compiler.is_exporting():
+            # Stand-ins are in the places of the layers' tensors, and no run can be made of those.
+            report_once(_EXPORTED_BY_STEPS)
+            return {}
         with _lock:
             runs = self._runs
             if runs is None or not runs.are_current(layers):

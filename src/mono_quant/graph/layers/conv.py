@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mono_quant.core.packing import TILE_IN, TILE_OUT, pack_tiles, unpack_tiles
+from mono_quant.errors import InputError
 from mono_quant.graph.arithmetic import LARGEST_CODE, Activation, QParams, memory_format, round_to_codes
 from mono_quant.graph.layers.packed import MAX_EXACT_TAPS, PackedLayer
 from mono_quant.ops.codes import ALIGNMENT, LARGEST_KERNEL
@@ -222,6 +223,17 @@ class QuantizedConvolution(PackedLayer):
             return tiles[:, :outputs].t().reshape(self._shape).contiguous()
         plain = unpack_tiles(tiles, outputs, math.prod(self._shape[1:]))
         return plain.reshape(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
+
+    def _exported_weight(self) -> Tensor | None:
+        packed = super()._exported_weight()
+        if packed is not None and len(self._shape) != 4:
+            # PyTorch cannot tell the shape of these operators' answers, and stand-ins cannot be unpacked.
+            raise InputError(
+                f"a convolution with a kernel of {list(self._shape[2:])} has run on oneDNN, where torch.export follows "
+                "those of two dimensions only",
+                suggestion="Export a copy, which has not run: copy.deepcopy(model).",
+            )
+        return packed
 
     def _pack(self, weight: Tensor, shape: list[int]) -> Tensor:
         spec = self.spec

@@ -61,7 +61,10 @@ class Quantize(Layer):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             raise InputError(f"a statically quantized layer takes floating-point numbers, found {x.dtype}")
-        if x.numel() and bool(torch.aminmax(x.detach())[0].isnan()):
+        if torch.compiler.is_exporting():
+            # A program cannot branch on values, but it can refuse them.
+            torch._assert_async(~x.detach().isnan().any(), "a statically quantized layer met NaN in an input")
+        elif x.numel() and bool(torch.aminmax(x.detach())[0].isnan()):
             raise InputError(
                 f"a statically quantized layer met NaN in an input of shape {list(x.shape)}; 8-bit codes have no NaN"
             )

@@ -44,6 +44,8 @@ class PackedLayer(Layer):
 
         ``None`` where the specification is to run. Inputs of other shapes are right too, if slower by a reordering.
         """
+        if torch.compiler.is_exporting():
+            return self._exported_weight()
         if self._retire is not None:
             self.unpack()
         packed = self._buffers.get("packed_weight")
@@ -67,6 +69,13 @@ class PackedLayer(Layer):
                 packed = self._pack(weight, list(x.shape))
             self._hold(packed)
             return packed
+
+    def _exported_weight(self) -> Tensor | None:
+        """Answer the weight as a program that is being exported can hold it in oneDNN's layout; ``None`` if it cannot.
+
+        Stand-ins are in the places of the layer's tensors: what is made of them must not stay here.
+        """
+        return None if self._retire is not None else self._buffers.get("packed_weight")
 
     def _hold(self, packed: Tensor) -> None:
         others = {name: tensor for name, tensor in self._buffers.items() if name != "weight"}
