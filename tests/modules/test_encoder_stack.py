@@ -192,7 +192,7 @@ class TestOneByOne:
         with caplog.at_level(logging.WARNING, "mono_quant"):
             for _ in range(2):
                 assert calls(model, words()) == (0, 3)
-        reason = "their heads, activations or dtypes are of several kinds"
+        reason = "their heads, attention, activations or dtypes are of several kinds"
         assert caplog.messages == [f"the layers of a BertEncoder run one by one: {reason}"]
         assert close(hidden(model, words()), hidden(part_by_part(model), words()))
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from mono_quant.integrations.whole_layers import attention_settings, why_not_whole
+from mono_quant.integrations.whole_layers import adds_bools, attention_settings, why_not_whole
 from mono_quant.modules.decoder_layer import DecoderLayout
 from mono_quant.modules.decoder_stack import DecoderStack
 from mono_quant.modules.fused_layer import register_layout
@@ -109,6 +109,7 @@ def _layout(norm_class: str) -> DecoderLayout:
         head_size="self_attn.head_dim",
         scale="self_attn.scaling",
         layer_index="self_attn.layer_idx",
+        adds_bools=lambda layer: adds_bools(layer.get_submodule("self_attn")),
         refuse=_refuse,
         refuse_settings=_settings,
         growing_layer=dynamic_layer,

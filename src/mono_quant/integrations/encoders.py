@@ -6,7 +6,7 @@ from typing import Final
 
 from torch import nn
 
-from mono_quant.integrations.whole_layers import attention_settings, why_not_whole
+from mono_quant.integrations.whole_layers import adds_bools, attention_settings, why_not_whole
 from mono_quant.modules.encoder_layer import EncoderLayout
 from mono_quant.modules.encoder_stack import EncoderStack
 from mono_quant.modules.fused_layer import register_layout
@@ -51,6 +51,7 @@ _BERT: Final = EncoderLayout(
     output_norm="output.LayerNorm",
     heads="attention.self.num_attention_heads",
     scale="attention.self.scaling",
+    adds_bools=lambda layer: adds_bools(layer.get_submodule("attention.self")),
     refuse=_refuse_bert,
     refuse_settings=_bert_settings,
 )
@@ -66,6 +67,7 @@ _DISTILBERT: Final = EncoderLayout(
     output_norm="output_layer_norm",
     heads="attention.n_heads",
     scale="attention.scaling",
+    adds_bools=lambda layer: adds_bools(layer.get_submodule("attention")),
     refuse=_refuse_distilbert,
     refuse_settings=_distilbert_settings,
 )

@@ -14,7 +14,8 @@ from mono_quant.modules.layer_operands import Setting
 # The release since which layers answer hidden states alone, and attention is a function that the configuration names.
 _FIRST: Final = 5
 # The functions that compute the softmax of scaled products; a layer made without a model has no name for its own.
-_ATTENTION: Final = (None, "eager", "sdpa")
+_EAGER: Final = (None, "eager")
+_ATTENTION: Final = (*_EAGER, "sdpa")
 _CAPTURING: Final = "transformers.utils.output_capturing"
 
 
@@ -27,12 +28,25 @@ def why_not_whole(attention: nn.Module) -> str | None:
     version = getattr(sys.modules.get("transformers"), "__version__", "")
     if version.split(".")[0].isdecimal() and int(version.split(".")[0]) < _FIRST:
         return f"it is a layer of transformers {version}, expected {_FIRST}.0 or newer"
-    found = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    found = _attention_of(attention)
     return None if found in _ATTENTION else f"its attention is {found!r}, expected 'sdpa' or 'eager'"
 
 
+def adds_bools(attention: nn.Module) -> bool:
+    """Say whether the layer of this attention adds masks of bools to its scores, as 0 and 1, and hides nothing.
+
+    Args:
+        attention: The module that holds the configuration.
+    """
+    return _attention_of(attention) in _EAGER
+
+
+def _attention_of(attention: nn.Module) -> Any:
+    return getattr(getattr(attention, "config", None), "_attn_implementation", None)
+
+
 def attention_settings(attention: nn.Module) -> list[Setting]:
-    """Answer where :func:`why_not_whole` looks."""
+    """Answer where :func:`why_not_whole` and :func:`adds_bools` look."""
     config = getattr(attention, "config", None)
     found: list[Setting] = [(attention.__dict__, "config")]
     if config is not None:

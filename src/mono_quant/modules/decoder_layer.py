@@ -41,8 +41,9 @@ class DecoderLayout(LayerLayout):
         head_size: The attribute that holds the size of a head.
         scale: The attribute that holds what scores are multiplied with.
         layer_index: The attribute that holds the layer's place in the cache.
+        adds_bools: Answers whether a layer adds a mask of bools to its scores, as 0 and 1.
         refuse: Answers why a layer of this class computes something else, or ``None``.
-        refuse_settings: Answers where ``refuse`` looks.
+        refuse_settings: Answers where ``adds_bools`` and ``refuse`` look.
         growing_layer: From a cache, the layer's place in it and a dtype, answers the object whose ``keys`` and
             ``values`` grow; ``None`` for a cache that works in another way; what it holds, where that is not of this
             dtype on the CPU.
@@ -65,6 +66,7 @@ class DecoderLayout(LayerLayout):
     head_size: str
     scale: str
     layer_index: str
+    adds_bools: Callable[[nn.Module], bool]
     refuse: Callable[[nn.Module], str | None]
     refuse_settings: Callable[[nn.Module], Sequence[Setting]]
     growing_layer: Callable[[Any, int, torch.dtype], Any]
@@ -105,6 +107,7 @@ class DecoderLayout(LayerLayout):
             "scale": float(attribute(layer, self.scale)),
             "eps": eps,
             "index": int(attribute(layer, self.layer_index)),
+            "adds_bools": self.adds_bools(layer),
             "activation": gate_activation(layer, self),
         }
 
@@ -198,7 +201,7 @@ def _compute(layer: FusedLayer, operands: Operands, x: Tensor, angles: Any, mask
         if mask is None and length == 1:
             layer.report("without a mask, its token sees places of the cache that hold no token yet")
             return NotImplemented
-        if not layer.takes_mask(mask, x.shape[0], length, held.keys.shape[2]):
+        if not layer.takes_mask(mask, x.shape[0], length, held.keys.shape[2]) or layer.adds(mask, operands):
             return NotImplemented
         out: Tensor = torch.ops.mono_quant.decoder_layer_static_cache.default(
             x, held.keys, held.values, position, cosine, sine, mask, operands.weights, *numbers, activation
@@ -211,7 +214,7 @@ def _compute(layer: FusedLayer, operands: Operands, x: Tensor, angles: Any, mask
         keys = values = empty if x.shape[0] == 1 else empty.expand(x.shape[0], -1, -1, -1)
     else:
         keys, values = held.keys, held.values
-    if not layer.takes_mask(mask, x.shape[0], length, keys.shape[2] + length):
+    if not layer.takes_mask(mask, x.shape[0], length, keys.shape[2] + length) or layer.adds(mask, operands):
         return NotImplemented
     out, held.keys, held.values = torch.ops.mono_quant.decoder_layer.default(
         x, keys, values, cosine, sine, mask, operands.weights, *numbers, activation

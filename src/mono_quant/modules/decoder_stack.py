@@ -77,7 +77,8 @@ class DecoderStack(LayerStack):
 def _kind(operands: Operands) -> Hashable:
     constants = operands.constants
     empty = constants["empty"]
-    return constants["heads"], empty.shape, empty.dtype, constants["scale"], constants["activation"]
+    names = "heads", "scale", "adds_bools", "activation"
+    return empty.shape, empty.dtype, *(constants[name] for name in names)
 
 
 def _hold(weights: list[Tensor], first: Operands, eps: list[float]) -> int:
@@ -122,7 +123,7 @@ def _call(
             return _UNLIKE
         if mask is None and length == 1:
             return NotImplemented
-        if not first.takes_mask(mask, samples, length, keys[0].shape[2]):
+        if not first.takes_mask(mask, samples, length, keys[0].shape[2]) or first.adds(mask, operands.contents):
             return NotImplemented
         out = torch.ops.mono_quant.decoder_layers_static_cache.default(
             operands.held, x, keys, values, positions, cosine, sine, mask, causal
@@ -135,7 +136,7 @@ def _call(
     values = [nothing if is_empty(held) else held.values for held in caches]
     if not _alike(keys):
         return _UNLIKE
-    if not first.takes_mask(mask, samples, length, keys[0].shape[2] + length):
+    if not first.takes_mask(mask, samples, length, keys[0].shape[2] + length) or first.adds(mask, operands.contents):
         return NotImplemented
     out, keys, values = torch.ops.mono_quant.decoder_layers.default(
         operands.held, x, keys, values, cosine, sine, mask, causal

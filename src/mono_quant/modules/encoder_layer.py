@@ -31,8 +31,9 @@ class EncoderLayout(LayerLayout):
         attention_norm, output_norm: The norms after attention and after the feed-forward pair.
         heads: The attribute that holds the number of attention heads.
         scale: The attribute that holds what scores are multiplied with.
+        adds_bools: Answers whether a layer adds a mask of bools to its scores, as 0 and 1.
         refuse: Answers why a layer of this class computes something else, or ``None``.
-        refuse_settings: Answers where ``refuse`` looks.
+        refuse_settings: Answers where ``adds_bools`` and ``refuse`` look.
     """
 
     query: str
@@ -46,6 +47,7 @@ class EncoderLayout(LayerLayout):
     output_norm: str
     heads: str
     scale: str
+    adds_bools: Callable[[nn.Module], bool]
     refuse: Callable[[nn.Module], str | None]
     refuse_settings: Callable[[nn.Module], Sequence[Setting]]
 
@@ -77,6 +79,7 @@ class EncoderLayout(LayerLayout):
             "heads": int(attribute(layer, self.heads)),
             "scale": float(attribute(layer, self.scale)),
             "eps": [float(attribute(layer, f"{norm}.eps")) for norm in self.norms],
+            "adds_bools": self.adds_bools(layer),
             "activation": gate_activation(layer, self),
         }
 
@@ -95,6 +98,8 @@ class EncoderLayout(LayerLayout):
             return torch.ops.mono_quant.fused_encoder_layer.default(layer.number, x, mask)
         operands = layer.operands()
         if operands is None or x.shape[2] != operands.linears[0].in_features or layer.needs_its_parts(operands):
+            return NotImplemented
+        if layer.adds(mask, operands):
             return NotImplemented
         constants = operands.constants
         return torch.ops.mono_quant.encoder_layer.default(

@@ -35,6 +35,8 @@ class EncoderStack(LayerStack):
         operands = self.operands()
         if operands is None or x.shape[2] != operands.contents.linears[0].in_features:
             return NotImplemented
+        if first.adds(mask, operands.contents):
+            return NotImplemented
         reason = why_parts(operands.contents)
         return reason if reason is not None else torch.ops.mono_quant.encoder_layers.default(operands.held, x, mask)
 
@@ -43,8 +45,8 @@ class EncoderStack(LayerStack):
 
 
 def _kind(operands: Operands) -> Hashable:
-    constants = operands.constants
-    return constants["heads"], constants["scale"], constants["activation"], operands.linears[0].in_features
+    names = "heads", "scale", "adds_bools", "activation"
+    return operands.linears[0].in_features, *(operands.constants[name] for name in names)
 
 
 def _hold(weights: list[Tensor], first: Operands, eps: list[float]) -> int:

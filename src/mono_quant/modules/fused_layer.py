@@ -197,6 +197,13 @@ class FusedLayer(ExchangedClass):
             self.report(f"its mask is {mask.dtype} of shape {tuple(mask.shape)}")
         return fits
 
+    def adds(self, mask: Tensor | None, operands: Operands) -> bool:
+        """Say whether the layer adds ``mask`` to its scores as 0 and 1, where operators hide what is ``False``."""
+        added = mask is not None and mask.dtype == torch.bool and operands.constants["adds_bools"]
+        if added:
+            self.report("its mask is of bools, which its attention adds to the scores")
+        return bool(added)
+
     def report(self, reason: str) -> None:
         """Say once that layers of this class run part by part."""
         report_once(f"a {type(self).__name__} runs part by part: {reason}")

@@ -61,7 +61,7 @@ def hand_over(
         found.append(operands)
     weights = [tensor for each in found for tensor in each.weights]
     if len({kind(each) for each in found}) > 1:
-        return "their heads, activations or dtypes are of several kinds"
+        return "their heads, attention, activations or dtypes are of several kinds"
     if not all(tensor.is_contiguous() for tensor in weights):
         return "a weight is not contiguous"
     held = hold(weights, found[0], [number for each in found for number in each.constants["eps"]])
