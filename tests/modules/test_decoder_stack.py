@@ -119,7 +119,7 @@ class TestOneCall:
         released: list[int] = []
         monkeypatch.setattr(native, "release_decoder_layers", released.append)
         logits(model, words())
-        number = model.model.__dict__["_stack_operands"].held
+        number = model.model.__dict__["_stack_operands"].held.number
         assert not released
         del model
         gc.collect()

@@ -116,7 +116,7 @@ class TestOneCall:
         released: list[int] = []
         monkeypatch.setattr(native, "release_encoder_layers", released.append)
         hidden(model, words())
-        number = stack_in(model).__dict__["_stack_operands"].held
+        number = stack_in(model).__dict__["_stack_operands"].held.number
         assert not released
         del model
         gc.collect()

@@ -20,6 +20,7 @@ from mono_quant.core.quantizers import (
     quantize_weight_int8_per_tensor,
 )
 from mono_quant.errors import InputTypeError, QuantizationError
+from mono_quant.modules.swapped_tensors import let_go_before_swaps
 
 
 class QuantizedModule(nn.Module):
@@ -236,6 +237,7 @@ class QuantizedModule(nn.Module):
                 f"{prefix}weight is {given}, and the layer is {own}; quantize the model with that scheme."
             )
             return
+        let_go_before_swaps(self._buffers.values())
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -126,7 +126,7 @@ def _call(
         if not first.takes_mask(mask, samples, length, keys[0].shape[2]) or first.adds(mask, operands.contents):
             return NotImplemented
         out = torch.ops.mono_quant.decoder_layers_static_cache.default(
-            operands.held, x, keys, values, positions, cosine, sine, mask, causal
+            operands.held.number, x, keys, values, positions, cosine, sine, mask, causal
         )
         if not isinstance(caches[0], HeldCache):  # whose graph counts the tokens itself
             torch._foreach_add_(positions, length)
@@ -139,7 +139,7 @@ def _call(
     if not first.takes_mask(mask, samples, length, keys[0].shape[2] + length) or first.adds(mask, operands.contents):
         return NotImplemented
     out, keys, values = torch.ops.mono_quant.decoder_layers.default(
-        operands.held, x, keys, values, cosine, sine, mask, causal
+        operands.held.number, x, keys, values, cosine, sine, mask, causal
     )
     _keep(caches, keys, values)
     return out

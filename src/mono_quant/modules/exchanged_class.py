@@ -7,12 +7,13 @@ So they keep their place, name, modules, parameters and buffers, what is saved o
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from mono_quant.modules.compiled_layer import number_layer
+from mono_quant.modules.swapped_tensors import let_go_before_swaps
 
 
 class ExchangedClass(nn.Module):
@@ -52,8 +53,13 @@ class ExchangedClass(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # The linear layers leave their tiles: nobody else may hold them.
         self.__dict__.pop(self.cache_name, None)
+        let_go_before_swaps()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        let_go_before_swaps()  # before the modules inside are loaded
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
 
 
 def _new(base: type[ExchangedClass], float_type: type[nn.Module]) -> nn.Module:

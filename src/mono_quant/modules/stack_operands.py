@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
-from weakref import finalize
 
 from torch import Tensor, nn
 
 from mono_quant.modules.layer_operands import Operands
+from mono_quant.modules.swapped_tensors import HeldLayers
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,21 +18,26 @@ class StackOperands:
 
     Attributes:
         layers: The list of them, which others may have taken the place of since.
-        held: The number by which the library knows them, until these operands are gone.
+        held: The weights in the library, until these operands are gone or torch swaps tensors.
         contents: By what to tell whether they are still the model's; its constants are those of the first layer.
         types: The classes of the layers.
         places: What the layers have under ``index`` among their constants: places in a cache.
     """
 
     layers: nn.ModuleList
-    held: int
+    held: HeldLayers
     contents: Operands
     types: tuple[type[nn.Module], ...]
     places: tuple[int, ...]
 
     def are_current(self, layers: nn.ModuleList) -> bool:
-        """Say whether no layer, no module in one, no tensor and no setting has been replaced since."""
-        return layers is self.layers and self.types == tuple(map(type, layers)) and self.contents.are_current()
+        """Say whether no layer, no module in one, no tensor and no setting has been replaced since.
+
+        And whether the library still holds the weights.
+        """
+        if layers is not self.layers or not self.held.is_held:
+            return False
+        return self.types == tuple(map(type, layers)) and self.contents.are_current()
 
 
 def hand_over(
@@ -64,12 +69,10 @@ def hand_over(
         return "their heads, attention, activations or dtypes are of several kinds"
     if not all(tensor.is_contiguous() for tensor in weights):
         return "a weight is not contiguous"
-    held = hold(weights, found[0], [number for each in found for number in each.constants["eps"]])
+    number = hold(weights, found[0], [eps for each in found for eps in each.constants["eps"]])
     linears = tuple(linear for each in found for linear in each.linears)
     norms = tuple(norm for each in found for norm in each.norms)
     settings = tuple(setting for each in found for setting in each.settings)
     contents = Operands.of(layers, linears, norms, [], found[0].constants, settings)
     places = tuple(each.constants.get("index", 0) for each in found)
-    stack = StackOperands(layers, held, contents, tuple(map(type, layers)), places)
-    finalize(stack, release, held)
-    return stack
+    return StackOperands(layers, HeldLayers(number, release), contents, tuple(map(type, layers)), places)

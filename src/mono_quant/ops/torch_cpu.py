@@ -75,6 +75,11 @@ class _DerivedTensors:
         value: Tensor = entry[1]
         return value
 
+    def forget(self, weight: Tensor) -> None:
+        """Let go of what was computed from ``weight``, and of itself."""
+        with self._lock:
+            self._entries.pop(weight, None)
+
 
 def _column_sum(weight: Tensor) -> Tensor:
     return weight.sum(dim=1, dtype=torch.int32)
@@ -212,6 +217,12 @@ def _prepack_conv(
 
 
 _packed_convs = _DerivedTensors(_prepack_conv)
+
+
+def forget(weight: Tensor) -> None:
+    """Let go of what was derived from a weight, and of the weight, which is held weakly."""
+    for derived in (_column_sums, _packed_convs):
+        derived.forget(weight)
 
 
 def conv_dynamic(
