@@ -1,7 +1,7 @@
 """Builds the native kernels where a compiler and torch are at hand; everything else is in pyproject.toml.
 
 MONO_QUANT_BUILD=auto (the default) builds if it can and says in one line if it cannot, ``require`` makes that an
-error, ``off`` does not try.
+error, ``off`` does not try. An installation in place that has no kernels removes those of an earlier one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
+LIBRARY_IN_PLACE = ROOT / "src" / "mono_quant" / "_native.so"
 MODES = ("auto", "require", "off")
 # The oldest torch the library runs under: the stable interface of 2.10.
 TARGET_VERSION = "0x020a000000000000"
@@ -88,11 +90,23 @@ def units() -> list[tuple[str, list[str]]]:
     return found
 
 
+def remove_from_source() -> None:
+    """Remove what an earlier installation in place has left: it would be loaded as if this one had built it."""
+    if LIBRARY_IN_PLACE.exists():
+        LIBRARY_IN_PLACE.unlink()
+        print(f"mono_quant: removed the native kernels of an earlier build, {LIBRARY_IN_PLACE}", file=sys.stderr)
+
+
 class BuildNative(build_ext):
     """Compiles csrc/ into mono_quant/_native.so, which links torch's C functions and no Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
+
+    def run(self) -> None:
+        if self.inplace and not self.extensions:
+            remove_from_source()
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         # What an earlier build left here would be installed if this one fails.
@@ -109,9 +123,8 @@ class BuildNative(build_ext):
     def copy_extensions_to_source(self) -> None:
         if not getattr(self, "skipped", False):
             super().copy_extensions_to_source()
-            return
-        for ext in self.extensions:
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        else:
+            remove_from_source()
 
     def get_outputs(self) -> list[str]:
         return [] if getattr(self, "skipped", False) else super().get_outputs()
@@ -159,6 +172,15 @@ class BuildNative(build_ext):
             raise CannotBuildError(f"the compiler failed: {' '.join(command)}\n{done.stderr[-4000:]}")
 
 
+class EditableWheel(editable_wheel):
+    """What ``pip install -e`` runs; it builds no extensions where there are none."""
+
+    def run(self) -> None:
+        if not self.distribution.ext_modules:
+            remove_from_source()
+        super().run()
+
+
 class TagWheel(bdist_wheel):
     """The library serves every Python 3 of its platform."""
 
@@ -185,4 +207,7 @@ def extensions() -> list[Extension]:
     return [Extension("mono_quant._native", sources=sources, depends=depends)]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": TagWheel})
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative, "editable_wheel": EditableWheel, "bdist_wheel": TagWheel},
+)

@@ -80,6 +80,40 @@ def test_nor_does_it_stay_in_the_source_tree_of_an_installation_in_place(tree: T
     assert not library.exists()
 
 
+@pytest.mark.parametrize(
+    "command", [("editable_wheel", "--dist-dir", "dist"), ("build_ext", "--inplace")], ids="/".join
+)
+@pytest.mark.parametrize("reason", ["off", "no compiler", "compiler fails"])
+def test_an_installation_in_place_without_kernels_has_none_of_an_earlier_one(
+    tree: Tree, command: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tree.package / "_native.so"
+    done = tree.run(*command)
+    assert done.returncode == 0, done.stderr
+    assert library.read_text().strip() == "built"
+    if reason == "no compiler":
+        monkeypatch.setenv("PATH", "")
+    compilers = {"off": None, "no compiler": "missing", "compiler fails": "false"}
+    done = tree.run(*command, compiler=compilers[reason], mode="off" if reason == "off" else "auto")
+    assert done.returncode == 0, done.stderr
+    assert not library.exists()
+    said = [line for line in done.stderr.splitlines() if "removed" in line]
+    assert said == [f"mono_quant: removed the native kernels of an earlier build, {library}"]
+    if reason == "off":
+        done = tree.run(*command, mode="off")
+        assert done.returncode == 0
+        assert "removed" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [("bdist_wheel",), ("egg_info",)], ids=lambda command: command[0])
+def test_what_is_not_installed_in_place_leaves_the_source_tree_alone(tree: Tree, command: tuple[str, ...]) -> None:
+    library = tree.package / "_native.so"
+    library.write_text("of an installation in place")
+    done = tree.run(*command, mode="off")
+    assert done.returncode == 0, done.stderr
+    assert library.exists()
+
+
 @pytest.mark.parametrize("mode", ["auto", "off"])
 def test_a_library_in_the_source_tree_is_installed_by_no_other_build(tree: Tree, mode: str) -> None:
     (tree.package / "_native.so").write_text("old")
