@@ -38,7 +38,9 @@ class EncoderStack(LayerStack):
         if first.adds(mask, operands.contents):
             return NotImplemented
         reason = why_parts(operands.contents)
-        return reason if reason is not None else torch.ops.mono_quant.encoder_layers.default(operands.held.number, x, mask)
+        return (
+            reason if reason is not None else torch.ops.mono_quant.encoder_layers.default(operands.held.number, x, mask)
+        )
 
     def gather(self) -> Any:
         return hand_over(self.all_layers(), _kind, _hold, native.release_encoder_layers)

@@ -2,8 +2,8 @@
 
 With ``torch.__future__.set_swap_module_params_on_conversion(True)`` modules that are moved or loaded keep their
 tensors, and :func:`torch.utils.swap_tensors` puts other contents into them. It refuses to where a tensor is held
-outside of Python, as the native library holds those of whole models, or weakly, as backends hold a weight from which they
-derived something.
+outside of Python, as the native library holds those of whole models, or weakly, as backends hold a weight from which
+they derived something.
 """
 
 from __future__ import annotations
