@@ -137,13 +137,9 @@ inline void multiply_beside(const KernelTable& table, const PackedLayer* const* 
 class Division {
  public:
   Division(int64_t rows, int64_t columns, int64_t threads) : rows_(rows), columns_(columns) {
-    const int64_t wanted = 2 * threads;
-    const int64_t row_parts = columns > 1 ? smaller(threads, larger(1, rows / 64)) : smaller(rows, wanted);
+    const int64_t row_parts = columns > 1 ? smaller(threads, larger(1, rows / 64)) : smaller(rows, 2 * threads);
     row_step_ = (rows + row_parts - 1) / larger(row_parts, 1);
-    const int64_t col_parts = columns > 1 ? larger(1, wanted / row_parts) : 1;
-    // Few rows take as long as their weights: even pieces matter more than whole tiles.
-    const int64_t whole = rows <= 4 ? 32 : 64;
-    col_step_ = columns > 1 ? round_up((columns + col_parts - 1) / col_parts, whole) : 1;
+    col_step_ = columns > 1 ? column_step(row_parts, threads) : 1;
     across_ = (columns + col_step_ - 1) / col_step_;
   }
   int64_t pieces() const { return rows_ == 0 ? 0 : (rows_ + row_step_ - 1) / row_step_ * across_; }
@@ -153,6 +149,23 @@ class Division {
   }
 
  private:
+  // One or two pieces for each thread: as many as leave the least to the one that gets the most. Columns go in whole
+  // tiles, of which narrow layers have few.
+  int64_t column_step(int64_t row_parts, int64_t threads) const {
+    // Few rows take as long as their weights: even pieces matter more than whole tiles.
+    const int64_t whole = rows_ <= 4 ? 32 : 64;
+    int64_t best = 0, least = 0;
+    for (int64_t parts = larger(1, 2 * threads / row_parts); parts >= larger(1, threads / row_parts); --parts) {
+      const int64_t step = round_up((columns_ + parts - 1) / parts, whole);
+      const int64_t pieces = row_parts * ((columns_ + step - 1) / step);
+      const int64_t most = (pieces + threads - 1) / threads * step;
+      if (best > 0 && most >= least) continue;
+      best = step;
+      least = most;
+    }
+    return best;
+  }
+
   int64_t rows_, columns_, row_step_, col_step_, across_;
 };
 
