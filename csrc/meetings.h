@@ -44,7 +44,8 @@ class Meetings {
     wait(meeting, pieces);
   }
 
-  // The two halves of `share`, for those who have other work in between; the second must come in any case.
+  // The two halves of `share`, for those who have other work in between. The second must come before anything that relies
+  // on the first; where a meeting in between throws, the run is over and nothing does.
   template <class Task>
   void work(int64_t meeting, int64_t pieces, const Task& task) {
     Counter& counter = counters_[(size_t)meeting];

@@ -155,8 +155,10 @@ class Division {
     // Few rows take as long as their weights: even pieces matter more than whole tiles.
     const int64_t whole = rows_ <= 4 ? 32 : 64;
     int64_t best = 0, least = 0;
-    for (int64_t parts = larger(1, 2 * threads / row_parts); parts >= larger(1, threads / row_parts); --parts) {
-      const int64_t step = round_up((columns_ + parts - 1) / parts, whole);
+    const int64_t fewest = larger(1, threads / row_parts);
+    for (int64_t parts = larger(1, 2 * threads / row_parts), step = 0; parts >= fewest;
+         parts = smaller(parts - 1, (columns_ - 1) / step)) {  // on to the next number that makes wider pieces
+      step = round_up((columns_ + parts - 1) / parts, whole);
       const int64_t pieces = row_parts * ((columns_ + step - 1) / step);
       const int64_t most = (pieces + threads - 1) / threads * step;
       if (best > 0 && most >= least) continue;

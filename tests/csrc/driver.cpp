@@ -1,6 +1,7 @@
 // Runs every kernel table on raw pointers, without torch, and compares with naive loops. Built with sanitizers by
 // tools/sanitize.sh and without by the test suite. Buffers have exactly the size the contract in kernels.h names, stand
 // at odd element offsets, and outputs are poisoned and fenced.
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
