@@ -176,9 +176,9 @@ class EditableWheel(editable_wheel):
     """What ``pip install -e`` runs; it builds no extensions where there are none."""
 
     def run(self) -> None:
+        super().run()
         if not self.distribution.ext_modules:
             remove_from_source()
-        super().run()
 
 
 class TagWheel(bdist_wheel):
