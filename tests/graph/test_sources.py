@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mono_quant import ops
 from mono_quant.errors import InputError, InputTypeError
 from mono_quant.graph import StaticGraph, StaticOptions, quantize_static
 from mono_quant.graph.arithmetic import QParams
@@ -156,3 +157,20 @@ def test_layers_quantized_in_inference_mode_hold_tensors_that_count_their_versio
     with torch.inference_mode():
         model = network()
     assert not any(buffer.is_inference() for buffer in model.buffers())
+
+
+@pytest.mark.skipif("native" not in ops.available_backends(), reason="the native kernels do not run here")
+def test_a_layer_in_two_places_runs_by_itself_and_leaves_runs_in_use() -> None:
+    model = nn.Sequential(*(part for _ in range(4) for part in (nn.Conv2d(4, 4, 3), nn.ReLU())))
+    x = torch.randn(4, 4, 12, 12)
+    graph, _ = quantize_static(model.eval(), x, StaticOptions())
+    assert isinstance(graph, StaticGraph)
+    places = [place for place, layer in enumerate(graph.layers) if isinstance(layer, QuantizedConvolution)]
+    graph.layers[places[1]] = graph.layers[places[2]]
+    with ops.use_backend("reference"):
+        wanted = graph(x)
+    with ops.use_backend("native"):
+        torch.testing.assert_close(graph(x), wanted, rtol=1e-5, atol=1e-5)
+        runs = graph._runs
+        graph(x)
+        assert graph._runs is runs

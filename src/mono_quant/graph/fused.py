@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -137,14 +137,16 @@ def fuse_steps(
     """
     runs = []
     with torch.inference_mode(False), torch.no_grad():
-        for start, stop in _stretches(steps, layers):
+        # A layer that stands in several places runs by itself: it can give its weight to one run only.
+        once = [layer if sum(layer is other for other in layers) == 1 else None for layer in layers]
+        for start, stop in _stretches(steps, once):
             made = {steps[i].output for i in range(start, stop)}
             read = [number for i in range(start, stop) for number in steps[i].inputs]
             later = {number for step in steps[stop:] for number in step.inputs} | answers
             inputs = tuple(dict.fromkeys(number for number in read if number not in made))
             outputs = tuple(number for number in sorted(made) if number in later)
             gone = {number for i in range(start, stop) for number in released[i]} - made
-            fused = [layer for layer in layers[start:stop] if isinstance(layer, Layer)]  # which all of them are
+            fused = cast("Sequence[Layer]", layers[start:stop])
             # Taken note of before anything is copied, or a write in between would go unnoticed.
             run = FusedRun(start, stop, inputs, outputs, tuple(sorted(gone)), Sources(fused))
             _compile(run, steps[start:stop], fused)
@@ -152,7 +154,7 @@ def fuse_steps(
     return runs
 
 
-def _stretches(steps: Sequence[Any], layers: Sequence[nn.Module]) -> list[tuple[int, int]]:
+def _stretches(steps: Sequence[Any], layers: Sequence[nn.Module | None]) -> list[tuple[int, int]]:
     """Answer where consecutive steps with a native form start and stop; only those with a convolution among them."""
     found, start = [], 0
     for index in range(len(layers) + 1):
@@ -167,11 +169,11 @@ def _stretches(steps: Sequence[Any], layers: Sequence[nn.Module]) -> list[tuple[
     return found
 
 
-def _answers_matrix(layer: nn.Module) -> bool:
+def _answers_matrix(layer: nn.Module | None) -> bool:
     return isinstance(layer, GlobalAverage) and not layer.spec.keepdim
 
 
-def _is_fusable(layer: nn.Module) -> bool:
+def _is_fusable(layer: nn.Module | None) -> bool:
     if isinstance(layer, QuantizedConvolution):
         return layer.has_tiles()
     if isinstance(layer, MaxPool):
@@ -179,7 +181,7 @@ def _is_fusable(layer: nn.Module) -> bool:
     return isinstance(layer, _FUSABLE)
 
 
-def _pads_next(steps: Sequence[Any], layers: Sequence[nn.Module], index: int) -> bool:
+def _pads_next(steps: Sequence[Any], layers: Sequence[nn.Module | None], index: int) -> bool:
     """Say whether a step pads an image for the convolution that follows, and for nothing else."""
     layer = layers[index]
     if not isinstance(layer, Pad) or len(layer.spec.pad) > 4 or min(layer.spec.pad) < 0 or index + 1 == len(layers):
