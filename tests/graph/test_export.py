@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from mono_quant import ops
 from mono_quant.errors import InputError
-from mono_quant.modules import fused_layer
+from mono_quant.modules import notices
 from tests.graph.conftest import GRAPHS, decibels, example_of, leaves
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
@@ -83,7 +84,7 @@ def test_a_program_refuses_nan(runs_first: bool) -> None:
 def test_the_logger_says_how_to_get_a_program_with_native_kernels(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_layer, "_reported", set())
+    monkeypatch.setattr(notices, "_reported", set())
     example = example_of("residuals")
     model, inputs = copy.deepcopy(example.quantized), example.inputs(2)
     with caplog.at_level(logging.WARNING, logger="mono_quant"):
@@ -108,3 +109,18 @@ def test_what_has_run_in_a_layout_that_cannot_be_exported_is_refused() -> None:
             program_of(model, inputs)
         program_of(copy.deepcopy(model), inputs)
         assert torch.equal(model(*inputs)[0], expected[0])
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("name", ["residuals", "signals"])
+def test_programs_of_graphs_that_have_not_run_are_saved(name: str) -> None:
+    example = example_of(name)
+    used, inputs = copy.deepcopy(example.quantized), example.inputs(2)
+    used(*inputs)
+    program = program_of(copy.deepcopy(used), inputs)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for found, wanted in zip(leaves(loaded(*inputs)), leaves(program.module()(*inputs)), strict=True):
+        assert torch.equal(found, wanted)

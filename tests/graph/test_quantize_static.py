@@ -14,7 +14,7 @@ from mono_quant.errors import InputError, QuantizationError
 from mono_quant.graph import StaticGraph, StaticOptions, quantize_static
 from mono_quant.graph.layers.conv import QuantizedConvolution
 from mono_quant.graph.layers.elementwise import Quantize
-from mono_quant.modules import fused_layer
+from mono_quant.modules import notices
 from tests.graph.conftest import Example, decibels, example_of, leaves
 from tests.graph.networks import small
 
@@ -257,7 +257,7 @@ def test_the_input_is_quantized_once_for_all_its_users() -> None:
 def test_gradients_that_end_at_static_layers_are_reported_once(
     captured: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fused_layer, "_reported", set())
+    monkeypatch.setattr(notices, "_reported", set())
     caplog.set_level("WARNING", logger="mono_quant")
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
     data = [torch.randn(4, 8)]

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import mono_quant
 from mono_quant import ops
 from mono_quant.io import load_model
-from mono_quant.modules import FusedLayer, convert_to_pytorch_native, why_not_fused
+from mono_quant.modules import FusedLayer, convert_to_pytorch_native, notices, why_not_fused
 from mono_quant.ops import native
 from tests.integrations.encoder_models import (
     ENCODERS,
@@ -94,12 +94,17 @@ class TestEveryFamily:
             assert fused_names(loaded) == fused_names(result.model)
             assert same_bits(hidden(loaded, words(), attention_mask=padding()), wanted)
 
-    def test_compiled_graphs_run_whole_layers_and_exported_ones_the_parts(self, make: Callable[..., Any]) -> None:
+    def test_compiled_graphs_run_whole_layers_and_exported_ones_the_parts(
+        self, make: Callable[..., Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(notices, "_reported", set())
         small = quantized(make())
         twin = part_by_part(small)
         compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
         assert same_bits(hidden(compiled, words()), hidden(small, words()))
-        exported = torch.export.export(small, (words(),)).module()
+        with caplog.at_level("WARNING", logger="mono_quant"):
+            exported = torch.export.export(small, (words(),)).module()
+        assert not [record for record in caplog.records if record.name == "mono_quant"]
         assert close(hidden(exported, words()), hidden(twin, words()))  # which compute activations apart
 
 

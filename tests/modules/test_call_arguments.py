@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mono_quant import ops
-from mono_quant.modules import call_arguments, fused_layer, layer_stack
+from mono_quant.modules import call_arguments, layer_stack, notices
 from mono_quant.modules.call_arguments import (
     CACHE_NAMES,
     cache_in,
@@ -120,7 +120,7 @@ class TestLayers:
 
     @pytest.fixture
     def reports(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-        monkeypatch.setattr(fused_layer, "_reported", set())
+        monkeypatch.setattr(notices, "_reported", set())
         caplog.set_level("WARNING", logger="mono_quant")
         return lambda: [record.message for record in caplog.records if record.name == "mono_quant"]
 

@@ -34,8 +34,8 @@ from mono_quant.modules import (
     LayerStack,
     WeightOnlyLinear,
     compiled_layer,
-    fused_layer,
     layer_stack,
+    notices,
     restore_layers,
 )
 from mono_quant.modules.call_arguments import cache_name_among
@@ -316,7 +316,7 @@ class TestCache:
         class OtherCache(DynamicCache):
             pass
 
-        fused_layer._reported.clear()
+        notices._reported.clear()
         with caplog.at_level(logging.WARNING, "mono_quant"):
             answer, calls = logits(model, words(), **keeping(OtherCache()))
             logits(model, words(), **keeping(OtherCache()))
@@ -327,7 +327,7 @@ class TestCache:
     def test_a_cache_for_other_sequences_is_named_as_the_reason(
         self, model: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
-        fused_layer._reported.clear()
+        notices._reported.clear()
         cache = StaticCache(model.config, max_cache_len=20)
         logits(model, words(2), **keeping(cache))
         with caplog.at_level(logging.WARNING, "mono_quant"), pytest.raises((RuntimeError, ValueError)):
@@ -337,7 +337,7 @@ class TestCache:
     def test_a_cache_of_another_dtype_is_named_as_the_reason(
         self, model: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
-        fused_layer._reported.clear()
+        notices._reported.clear()
         cache = DynamicCache()
         logits(model, words(), **keeping(cache))
         for layer in cache.layers:
@@ -354,7 +354,7 @@ class TestTheParts:
         assert logits(copy.deepcopy(model).double(), words())[1] == 0
 
     def test_take_over_where_the_input_and_the_norms_differ(self, model: Any, caplog: pytest.LogCaptureFixture) -> None:
-        fused_layer._reported.clear()
+        notices._reported.clear()
         embedded = torch.randn(1, 4, 36, dtype=torch.bfloat16)
         with caplog.at_level(logging.WARNING, "mono_quant"):
             _, calls = logits(model, inputs_embeds=embedded)
@@ -446,7 +446,7 @@ class TestCompiled:
     def test_with_gradients_they_run_part_by_part(
         self, model: Any, graph_calls: list[int], caplog: pytest.LogCaptureFixture
     ) -> None:
-        fused_layer._reported.clear()
+        notices._reported.clear()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         with caplog.at_level(logging.WARNING, "mono_quant"):
             answer = compiled(words(), use_cache=False).logits.detach()

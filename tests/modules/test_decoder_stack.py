@@ -18,7 +18,7 @@ from transformers import DynamicCache, LlamaModel, StaticCache
 
 import mono_quant
 from mono_quant import ops
-from mono_quant.modules import LayerStack, QuantizedLinear, fused_layer, layer_stack, restore_layers
+from mono_quant.modules import LayerStack, QuantizedLinear, layer_stack, notices, restore_layers
 from mono_quant.modules.decoder_stack import DecoderStack
 from mono_quant.ops import native
 from tests.modules.test_decoder_layer import Counter, build, close, keeping, logits, quantized, unfused, words
@@ -136,7 +136,7 @@ class TestOneByOne:
 
     def test_where_layers_are_of_several_kinds(self, caplog: pytest.LogCaptureFixture) -> None:
         source = build("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
-        fused_layer._reported.clear()
+        notices._reported.clear()
         with caplog.at_level(logging.WARNING, "mono_quant"):
             found = quantized(source)
             quantized(source)
@@ -148,7 +148,7 @@ class TestOneByOne:
     def test_where_something_is_watched_and_only_then(
         self, model: Any, place: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        fused_layer._reported.clear()
+        notices._reported.clear()
         wanted, _ = logits(model, words())
         seen = []
         layer = model.model.layers[1]
@@ -182,7 +182,7 @@ class TestOneByOne:
         cache = DynamicCache()
         logits(model, words(), **keeping(cache))
         cache.layers[1].crop(-4)
-        fused_layer._reported.clear()
+        notices._reported.clear()
         with caplog.at_level(logging.WARNING, "mono_quant"):
             for _ in range(2):
                 assert calls(model, words(2, 1), **keeping(cache)) == (0, 3)
@@ -324,7 +324,7 @@ class TestCompiled:
 
         model.model.layers[1].register_forward_hook(double)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        fused_layer._reported.clear()
+        notices._reported.clear()
         with torch.no_grad(), caplog.at_level(logging.WARNING, "mono_quant"):
             answer = compiled(words(), use_cache=False).logits
         reason = "a FusedLlamaDecoderLayer in it has hooks, which want to be called"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant import InputError, ops
-from mono_quant.modules import fused_layer
+from mono_quant.modules import notices
 from mono_quant.ops import native
 from tests.integrations.encoder_models import (
     bert,
@@ -48,7 +48,7 @@ def x() -> Tensor:
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Reports:
     """Answers what was reported, as if nothing had been before the test."""
-    monkeypatch.setattr(fused_layer, "_reported", set())
+    monkeypatch.setattr(notices, "_reported", set())
     caplog.set_level("WARNING", logger="mono_quant")
     prefix = "a FusedBertLayer runs part by part: "
     return lambda: [r.getMessage().removeprefix(prefix) for r in caplog.records if r.name == "mono_quant"]

@@ -17,7 +17,7 @@ from torch import nn
 
 import mono_quant
 from mono_quant import ops
-from mono_quant.modules import LayerStack, fused_layer, layer_stack, quantize_linear_module, restore_layers
+from mono_quant.modules import LayerStack, layer_stack, notices, quantize_linear_module, restore_layers
 from mono_quant.ops import native
 from tests.integrations.encoder_models import (
     ENCODERS,
@@ -143,7 +143,7 @@ class TestOneByOne:
     def test_where_something_is_watched_and_only_then(
         self, model: Any, place: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        fused_layer._reported.clear()
+        notices._reported.clear()
         wanted = hidden(model, words())
         seen = []
         layer = model.encoder.layer[1]
@@ -187,12 +187,12 @@ class TestOneByOne:
         assert close(answer.last_hidden_state, hidden(model, words()))
 
     def test_where_layers_differ(self, model: Any, caplog: pytest.LogCaptureFixture) -> None:
-        fused_layer._reported.clear()
+        notices._reported.clear()
         model.encoder.layer[1].attention.self.scaling *= 2
         with caplog.at_level(logging.WARNING, "mono_quant"):
             for _ in range(2):
                 assert calls(model, words()) == (0, 3)
-        reason = "their heads, attention, activations or dtypes are of several kinds"
+        reason = "their sizes, heads, dtypes, attention or activations differ"
         assert caplog.messages == [f"the layers of a BertEncoder run one by one: {reason}"]
         assert close(hidden(model, words()), hidden(part_by_part(model), words()))
 

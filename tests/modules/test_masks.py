@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from mono_quant import ops
-from mono_quant.modules import fused_layer, layer_stack
+from mono_quant.modules import layer_stack, notices
 from mono_quant.ops import native
 from tests.integrations import encoder_models
 from tests.integrations.encoder_models import ENCODERS, from_parts, run
@@ -32,7 +32,7 @@ def native_backend() -> Iterator[None]:
 
 @pytest.fixture
 def reasons(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
-    monkeypatch.setattr(fused_layer, "_reported", set())
+    monkeypatch.setattr(notices, "_reported", set())
     caplog.set_level("WARNING", logger="mono_quant")
     return lambda: [r.getMessage().partition(": ")[2] for r in caplog.records if r.name == "mono_quant"]
 

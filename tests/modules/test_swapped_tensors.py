@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache, StaticCache
 
 import mono_quant
 from mono_quant import ops
-from mono_quant.modules import QuantizedLinear, WeightOnlyLinear, layer_stack
+from mono_quant.modules import (
+    QuantizedLinear,
+    WeightOnlyLinear,
+    decoder_stack,
+    encoder_stack,
+    layer_stack,
+    swapped_tensors,
+)
 from mono_quant.ops import native
 from tests.integrations import encoder_models
-from tests.modules.test_decoder_layer import build, close, logits, quantized, unfused, words
+from tests.modules.test_decoder_layer import build, close, keeping, logits, quantized, unfused, words
+from tests.ops.operands import same_bits
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +54,11 @@ CHANGES: dict[str, Callable[[nn.Module, list[nn.Module]], object]] = {
     "model moved": lambda model, layers: model.to(torch.bfloat16),
     "moved and back": lambda model, layers: model.to(torch.bfloat16).to(torch.float32),
     "layer moved and back": lambda model, layers: layers[0].to(torch.bfloat16).to(torch.float32),
+    "parts moved and back": lambda model, layers: [
+        part.to(torch.bfloat16).to(torch.float32)
+        for part in layers[1].children()
+        if any(type(inside) in LINEARS for inside in part.modules())
+    ],
 }
 
 
@@ -105,3 +121,74 @@ def test_layers_that_have_run_can_be_loaded(layer: nn.Module) -> None:
     assert not torch.equal(model(x), before)
     assert torch.equal(model(x), twin(x))
     assert torch.equal(model.to("cpu")(x), twin(x))
+
+
+@pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "decoder with a static cache"])
+def test_a_model_is_loaded_while_another_is_called(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = encoder_models.quantized(encoder_models.bert()) if kind == "encoder" else quantized(build())
+
+    def run() -> torch.Tensor:
+        if kind == "encoder":
+            return encoder_models.hidden(model, encoder_models.words())
+        cache = StaticCache(model.config, max_cache_len=30) if "static" in kind else DynamicCache()
+        logits(model, words()[:, :5], **keeping(cache))
+        return logits(model, words()[:, 5:], **keeping(cache))[0]
+
+    other = mono_quant.quantize(nn.Sequential(nn.Linear(4, 4))).model
+    owner = encoder_stack if kind == "encoder" else decoder_stack
+    look = owner.why_parts
+    loaded = []
+
+    def load_between(operands: Any) -> Any:
+        # After a call has looked at its weights, and before it computes with them.
+        loaded.append(other.load_state_dict(other.state_dict()))
+        return look(operands)
+
+    with ops.use_backend("native"):
+        wanted = run()
+        monkeypatch.setattr(owner, "why_parts", load_between)
+        assert close(run(), wanted)
+        assert loaded
+        monkeypatch.undo()
+        assert same_bits(run(), wanted)
+
+
+def test_holders_come_while_others_let_go() -> None:
+    class Held:
+        let = False
+
+        def let_go(self) -> None:
+            self.let = True
+
+    stop = threading.Event()
+    errors: list[Exception] = []
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            held = Held()
+            swapped_tensors.ask_before_swaps(held)
+
+    def keep_letting_go() -> None:
+        try:
+            for _ in range(20_000):
+                swapped_tensors.let_go_before_swaps()
+        except Exception as error:
+            errors.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    asking, letting = threading.Thread(target=keep_asking), threading.Thread(target=keep_letting_go)
+    try:
+        asking.start()
+        letting.start()
+        letting.join()
+    finally:
+        stop.set()
+        asking.join()
+        sys.setswitchinterval(before)
+    assert not errors
+    held = Held()
+    swapped_tensors.ask_before_swaps(held)
+    swapped_tensors.let_go_before_swaps()
+    assert held.let

@@ -16,7 +16,7 @@ from mono_quant.graph.layers import KINDS, Layer
 from mono_quant.graph.layers.checks import require_sound
 from mono_quant.graph.layers.layer import build_layer, report_lost_gradients
 from mono_quant.locks import ForkSafeLock
-from mono_quant.modules.fused_layer import report_once
+from mono_quant.modules.notices import report_once
 from mono_quant.ops import get_backend
 
 FORMAT_VERSION: Final = 1
@@ -25,8 +25,8 @@ FORMAT_VERSION: Final = 1
 _REMEMBERED: Final = 64
 
 _EXPORTED_BY_STEPS: Final = (
-    "a static graph that has not run on the native backend is exported step by step, in float64: call it once before "
-    "torch.export for a program with native kernels"
+    "a static graph that has not run on the native backend since it was made or changed is exported step by step, in "
+    "float64: call it once before torch.export for a program with native kernels"
 )
 
 # Shape, dtype and strides of each input of a fused run.

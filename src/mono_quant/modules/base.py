@@ -208,6 +208,7 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Codes and scales only mean something together: .half() or .to(bfloat16) may move them, never round them.
         before = {name: self._buffers.get(name) for name in ("weight", "weight_scale")}
+        let_go_before_swaps()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             after = self._buffers.get(name)

@@ -201,7 +201,9 @@ def _compute(layer: FusedLayer, operands: Operands, x: Tensor, angles: Any, mask
         if mask is None and length == 1:
             layer.report("without a mask, its token sees places of the cache that hold no token yet")
             return NotImplemented
-        if not layer.takes_mask(mask, x.shape[0], length, held.keys.shape[2]) or layer.adds(mask, operands):
+        if not layer.takes_mask(mask, x.shape[0], length, held.keys.shape[2]) or layer.adds_mask_of_bools(
+            mask, operands
+        ):
             return NotImplemented
         out: Tensor = torch.ops.mono_quant.decoder_layer_static_cache.default(
             x, held.keys, held.values, position, cosine, sine, mask, operands.weights, *numbers, activation
@@ -214,7 +216,9 @@ def _compute(layer: FusedLayer, operands: Operands, x: Tensor, angles: Any, mask
         keys = values = empty if x.shape[0] == 1 else empty.expand(x.shape[0], -1, -1, -1)
     else:
         keys, values = held.keys, held.values
-    if not layer.takes_mask(mask, x.shape[0], length, keys.shape[2] + length) or layer.adds(mask, operands):
+    if not layer.takes_mask(mask, x.shape[0], length, keys.shape[2] + length) or layer.adds_mask_of_bools(
+        mask, operands
+    ):
         return NotImplemented
     out, held.keys, held.values = torch.ops.mono_quant.decoder_layer.default(
         x, keys, values, cosine, sine, mask, operands.weights, *numbers, activation

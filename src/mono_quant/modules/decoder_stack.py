@@ -64,7 +64,7 @@ class DecoderStack(LayerStack):
         return x
 
     def gather(self) -> Any:
-        return hand_over(self.all_layers(), _kind, _hold, native.release_decoder_layers)
+        return hand_over(self.all_layers(), _sizes, _hold, native.release_decoder_layers)
 
     def _run(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Any, cache: Any) -> Any:
         operands = self.operands()
@@ -74,11 +74,9 @@ class DecoderStack(LayerStack):
         return reason if reason is not None else _call(self.all_layers(), operands, x, angles, mask, cache)
 
 
-def _kind(operands: Operands) -> Hashable:
-    constants = operands.constants
-    empty = constants["empty"]
-    names = "heads", "scale", "adds_bools", "activation"
-    return empty.shape, empty.dtype, *(constants[name] for name in names)
+def _sizes(operands: Operands) -> Hashable:
+    empty = operands.constants["empty"]
+    return empty.shape, empty.dtype
 
 
 def _hold(weights: list[Tensor], first: Operands, eps: list[float]) -> int:
@@ -123,12 +121,13 @@ def _call(
             return _UNLIKE
         if mask is None and length == 1:
             return NotImplemented
-        if not first.takes_mask(mask, samples, length, keys[0].shape[2]) or first.adds(mask, operands.contents):
+        if not first.takes_mask(mask, samples, length, keys[0].shape[2]) or first.adds_mask_of_bools(
+            mask, operands.contents
+        ):
             return NotImplemented
-        out = torch.ops.mono_quant.decoder_layers_static_cache.default(
-            operands.held.number, x, keys, values, positions, cosine, sine, mask, causal
-        )
-        if not isinstance(caches[0], HeldCache):  # whose graph counts the tokens itself
+        operator = torch.ops.mono_quant.decoder_layers_static_cache.default
+        out = operands.call(operator, x, keys, values, positions, cosine, sine, mask, causal)
+        if out is not NotImplemented and not isinstance(caches[0], HeldCache):  # whose graph counts the tokens itself
             torch._foreach_add_(positions, length)
         return out
     nothing = empty if samples == 1 else empty.expand(samples, -1, -1, -1)
@@ -136,11 +135,14 @@ def _call(
     values = [nothing if is_empty(held) else held.values for held in caches]
     if not _alike(keys):
         return _UNLIKE
-    if not first.takes_mask(mask, samples, length, keys[0].shape[2] + length) or first.adds(mask, operands.contents):
+    if not first.takes_mask(mask, samples, length, keys[0].shape[2] + length) or first.adds_mask_of_bools(
+        mask, operands.contents
+    ):
         return NotImplemented
-    out, keys, values = torch.ops.mono_quant.decoder_layers.default(
-        operands.held.number, x, keys, values, cosine, sine, mask, causal
-    )
+    answer = operands.call(torch.ops.mono_quant.decoder_layers.default, x, keys, values, cosine, sine, mask, causal)
+    if answer is NotImplemented:
+        return answer
+    out, keys, values = answer
     _keep(caches, keys, values)
     return out
 

@@ -99,7 +99,7 @@ class EncoderLayout(LayerLayout):
         operands = layer.operands()
         if operands is None or x.shape[2] != operands.linears[0].in_features or layer.needs_its_parts(operands):
             return NotImplemented
-        if layer.adds(mask, operands):
+        if layer.adds_mask_of_bools(mask, operands):
             return NotImplemented
         constants = operands.constants
         return torch.ops.mono_quant.encoder_layer.default(

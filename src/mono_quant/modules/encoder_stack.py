@@ -35,20 +35,19 @@ class EncoderStack(LayerStack):
         operands = self.operands()
         if operands is None or x.shape[2] != operands.contents.linears[0].in_features:
             return NotImplemented
-        if first.adds(mask, operands.contents):
+        if first.adds_mask_of_bools(mask, operands.contents):
             return NotImplemented
         reason = why_parts(operands.contents)
-        return (
-            reason if reason is not None else torch.ops.mono_quant.encoder_layers.default(operands.held.number, x, mask)
-        )
+        if reason is not None:
+            return reason
+        return operands.call(torch.ops.mono_quant.encoder_layers.default, x, mask)
 
     def gather(self) -> Any:
-        return hand_over(self.all_layers(), _kind, _hold, native.release_encoder_layers)
+        return hand_over(self.all_layers(), _sizes, _hold, native.release_encoder_layers)
 
 
-def _kind(operands: Operands) -> Hashable:
-    names = "heads", "scale", "adds_bools", "activation"
-    return operands.linears[0].in_features, *(operands.constants[name] for name in names)
+def _sizes(operands: Operands) -> Hashable:
+    return operands.linears[0].in_features
 
 
 def _hold(weights: list[Tensor], first: Operands, eps: list[float]) -> int:

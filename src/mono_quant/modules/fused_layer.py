@@ -10,7 +10,6 @@ in :mod:`mono_quant.modules.encoder_layer` and :mod:`mono_quant.modules.decoder_
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
@@ -26,10 +25,10 @@ from mono_quant.modules.fusion import FusedActivation, activation_name, register
 from mono_quant.modules.gradients import are_recorded
 from mono_quant.modules.layer_operands import Operands, Setting, gather
 from mono_quant.modules.linear import QuantizedLinear
+from mono_quant.modules.notices import report_once
 from mono_quant.modules.weight_only import WeightOnlyLinear
 from mono_quant.ops import get_backend
 
-_LOG = logging.getLogger("mono_quant")
 # Sums of products of 8-bit codes fit 32 bits up to this many inputs.
 _DEEPEST: Final = 32768
 #: What operators take: bfloat16 is computed in float32 and rounded where it leaves a layer.
@@ -157,6 +156,8 @@ class FusedLayer(ExchangedClass):
 
     def takes(self, x: object) -> bool:
         """Say whether ``x`` is what operators take: float32 or bfloat16 on the CPU, no gradients, not traced."""
+        if torch.compiler.is_exporting():
+            return False
         if type(x) is not Tensor or x.dtype not in FLOATS or x.dim() != 3 or x.device.type != "cpu":
             found = f"a {type(x).__name__}"
             if isinstance(x, Tensor):
@@ -197,7 +198,7 @@ class FusedLayer(ExchangedClass):
             self.report(f"its mask is {mask.dtype} of shape {tuple(mask.shape)}")
         return fits
 
-    def adds(self, mask: Tensor | None, operands: Operands) -> bool:
+    def adds_mask_of_bools(self, mask: Tensor | None, operands: Operands) -> bool:
         """Say whether the layer adds ``mask`` to its scores as 0 and 1, where operators hide what is ``False``."""
         added = mask is not None and mask.dtype == torch.bool and operands.constants["adds_bools"]
         if added:
@@ -236,17 +237,6 @@ def hooks_of(module: nn.Module) -> str:
 
 def _about(module: nn.Module, reason: str) -> str:
     return f"a {type(module).__name__} in it {reason}"
-
-
-_reported: set[str] = set()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def report_once(message: str) -> None:
-    """Warn, the first time that ``message`` comes up."""
-    if message not in _reported:
-        _reported.add(message)
-        _LOG.warning(message)
 
 
 def _want_of(module: nn.Module) -> str | None:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.modules.exchanged_class import ExchangedClass, qualified_name
-from mono_quant.modules.fused_layer import FusedLayer, LayerLayout, fuse_single_layers, report_once
+from mono_quant.modules.fused_layer import FusedLayer, LayerLayout, fuse_single_layers
+from mono_quant.modules.notices import report_once
 from mono_quant.modules.stack_operands import StackOperands
 from mono_quant.ops import get_backend
 

@@ -4,12 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+from weakref import finalize
 
 from torch import Tensor, nn
 
 from mono_quant.modules.layer_operands import Operands
-from mono_quant.modules.swapped_tensors import HeldLayers
+from mono_quant.modules.swapped_tensors import ask_before_swaps
+
+#: What every operator takes once for all layers, among their constants.
+SHARED: Final = ("heads", "scale", "adds_bools", "activation")
+
+
+class HeldWeights:
+    """The weights of all layers of a model in the native library, until this object is gone or lets go of them.
+
+    Args:
+        number: By which the library knows them.
+        release: Makes the library forget them.
+
+    Attributes:
+        is_held: Whether the library still holds them.
+    """
+
+    def __init__(self, number: int, release: Callable[[int], None]) -> None:
+        self.number = number
+        self.is_held = True
+        self._release = finalize(self, release, number)
+        ask_before_swaps(self)
+
+    def let_go(self) -> None:
+        """Make the library forget them."""
+        self.is_held = False
+        self._release()
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +52,7 @@ class StackOperands:
     """
 
     layers: nn.ModuleList
-    held: HeldLayers
+    held: HeldWeights
     contents: Operands
     types: tuple[type[nn.Module], ...]
     places: tuple[int, ...]
@@ -39,10 +66,22 @@ class StackOperands:
             return False
         return self.types == tuple(map(type, layers)) and self.contents.are_current()
 
+    def call(self, operator: Callable[..., Any], *args: Any) -> Any:
+        """Answer what ``operator`` answers for these layers.
+
+        ``NotImplemented`` where another thread has just made the library forget them: then nothing is computed.
+        """
+        try:
+            return operator(self.held.number, *args)
+        except RuntimeError:
+            if self.held.is_held:
+                raise
+            return NotImplemented
+
 
 def hand_over(
     layers: nn.ModuleList,
-    kind: Callable[[Operands], Hashable],
+    sizes: Callable[[Operands], Hashable],
     hold: Callable[[list[Tensor], Operands, list[float]], int],
     release: Callable[[int], None],
 ) -> Any:
@@ -50,7 +89,7 @@ def hand_over(
 
     Args:
         layers: Each with ``eps`` among its constants.
-        kind: Answers of a layer what must be the same in all of them.
+        sizes: Answers of a layer what must be the same in all of them, beside :data:`SHARED`.
         hold: From the weights of all layers, the operands of the first, and the ``eps`` of all, answers a number.
         release: Called with that number when nobody knows it any more.
 
@@ -65,8 +104,8 @@ def hand_over(
             return NotImplemented
         found.append(operands)
     weights = [tensor for each in found for tensor in each.weights]
-    if len({kind(each) for each in found}) > 1:
-        return "their heads, attention, activations or dtypes are of several kinds"
+    if len({(sizes(each), *(each.constants[name] for name in SHARED)) for each in found}) > 1:
+        return "their sizes, heads, dtypes, attention or activations differ"
     if not all(tensor.is_contiguous() for tensor in weights):
         return "a weight is not contiguous"
     number = hold(weights, found[0], [eps for each in found for eps in each.constants["eps"]])
@@ -75,4 +114,4 @@ def hand_over(
     settings = tuple(setting for each in found for setting in each.settings)
     contents = Operands.of(layers, linears, norms, [], found[0].constants, settings)
     places = tuple(each.constants.get("index", 0) for each in found)
-    return StackOperands(layers, HeldLayers(number, release), contents, tuple(map(type, layers)), places)
+    return StackOperands(layers, HeldWeights(number, release), contents, tuple(map(type, layers)), places)

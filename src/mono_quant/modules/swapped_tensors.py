@@ -3,14 +3,14 @@
 With ``torch.__future__.set_swap_module_params_on_conversion(True)`` modules that are moved or loaded keep their
 tensors, and :func:`torch.utils.swap_tensors` puts other contents into them. It refuses to where a tensor is held
 outside of Python, as the native library holds those of whole models, or weakly, as backends hold a weight from which
-they derived something.
+they derived something. A norm that is moved or loaded by itself is a module of PyTorch, which asks nobody to let go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Final
-from weakref import WeakSet, finalize
+from collections.abc import Iterable
+from typing import Final, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -18,40 +18,33 @@ from torch import Tensor
 from mono_quant.ops import torch_cpu
 
 
-class HeldLayers:
-    """The weights of all layers of a model in the native library, until this object is gone or lets go of them.
-
-    Args:
-        number: By which the library knows them.
-        release: Makes the library forget them.
-
-    Attributes:
-        is_held: Whether the library still holds them.
-    """
-
-    def __init__(self, number: int, release: Callable[[int], None]) -> None:
-        self.number = number
-        self.is_held = True
-        self._release = finalize(self, release, number)
-        _held.add(self)
+class Holder(Protocol):
+    """What holds tensors of modules."""
 
     def let_go(self) -> None:
-        """Make the library forget them."""
-        self.is_held = False
-        self._release()
+        """Hold them no longer."""
 
 
-_held: Final[WeakSet[HeldLayers]] = WeakSet()
+_holders: Final[WeakSet[Holder]] = WeakSet()
+
+
+def ask_before_swaps(holder: Holder) -> None:
+    """Have ``holder`` let go before torch swaps tensors: once."""
+    _holders.add(holder)
 
 
 def let_go_before_swaps(tensors: Iterable[Tensor | None] = ()) -> None:
-    """Where torch swaps tensors, make the library forget all models, and backends what they derived from ``tensors``.
+    """Where torch swaps tensors, let all holders go, and backends what they derived from ``tensors``.
 
-    All models, since a layer does not know those it belongs to; their next calls hand the weights over again.
+    All, since a module does not know who holds its tensors; the next call of a model hands them over again.
     """
-    if torch.__future__.get_swap_module_params_on_conversion():
-        for held in tuple(_held):
-            held.let_go()
-        for tensor in tensors:
-            if tensor is not None:
-                torch_cpu.forget(tensor)
+    if not torch.__future__.get_swap_module_params_on_conversion():
+        return
+    try:
+        while True:  # one by one: another thread may add some meanwhile
+            _holders.pop().let_go()
+    except KeyError:  # there are none
+        pass
+    for tensor in tensors:
+        if tensor is not None:
+            torch_cpu.forget(tensor)

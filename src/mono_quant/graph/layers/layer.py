@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant.errors import CheckpointError
-from mono_quant.modules.fused_layer import report_once
 from mono_quant.modules.gradients import are_recorded
+from mono_quant.modules.notices import report_once
 
 _DTYPES: Final = {
     str(dtype).removeprefix("torch."): dtype
