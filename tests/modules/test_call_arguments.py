@@ -130,6 +130,8 @@ class TestLayers:
         forward = takes_new_name() if request.param == "cache" else takes_old_name()
         for known in ("_parameters", "_cache_names"):
             monkeypatch.setattr(call_arguments, known, {})
+        # As if transformers had written it.
+        forward.__module__, forward.__qualname__ = LlamaDecoderLayer.__module__, "LlamaDecoderLayer.forward"
         monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
         return str(request.param)
 

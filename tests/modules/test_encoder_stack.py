@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
 import pickle
@@ -14,11 +15,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers.models.bert.modeling_bert import BertEncoder, BertLayer, BertSelfAttention
 
 import mono_quant
 from mono_quant import ops
 from mono_quant.modules import LayerStack, layer_stack, notices, quantize_linear_module, restore_layers
 from mono_quant.ops import native
+from mono_quant.ops.encoder_stack_reference import release_encoder_layers
 from tests.integrations.encoder_models import (
     ENCODERS,
     Counter,
@@ -56,6 +60,10 @@ def calls(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, int]:
 def stack_in(model: nn.Module) -> Any:
     (found,) = (module for module in model.modules() if isinstance(module, LayerStack))
     return found
+
+
+def traced(encoder: Any, x: torch.Tensor) -> Any:
+    return make_fx(lambda x: encoder(x).last_hidden_state)(x)
 
 
 class TestOneCall:
@@ -133,7 +141,155 @@ class TestOneCall:
             assert close(answer, part_by_part(model).encoder(x).last_hidden_state)
 
 
+class TestWhoseWeights:
+    """No call computes with the weights of another model, whatever became of its own."""
+
+    @pytest.fixture
+    def other(self) -> Iterator[Any]:
+        """Another model that has run, and runs on as it did."""
+        other = quantized(bert(num_hidden_layers=3))
+        wanted = hidden(other, words())
+        yield other
+        gc.collect()
+        assert calls(other, words()) == (1, 0)
+        assert same_bits(hidden(other, words()), wanted)
+
+    def test_where_a_norm_is_on_another_device(self, model: Any, other: Any) -> None:
+        model.encoder.layer[0].output.LayerNorm.to("meta")
+        assert other is not model
+        with pytest.raises(RuntimeError, match="device"):
+            hidden(model, words())
+
+    @pytest.mark.parametrize("biases", [True, False])
+    def test_where_another_device_is_the_default_one_in_the_first_call(
+        self, model: Any, other: Any, biases: bool
+    ) -> None:
+        if not biases:
+            for layer in model.encoder.layer:
+                layer.output.dense.set_tensor("bias", None)
+        wanted = hidden(copy.deepcopy(model), words())
+        embeddings = torch.randn(2, 5, 36)
+        with torch.no_grad(), torch.device("meta"):
+            model.encoder(embeddings)
+        assert calls(model, words()) == (1, 0)
+        assert same_bits(hidden(model, words()), wanted)
+
+    def test_where_another_dtype_is_the_default_one_in_the_first_call(self, model: Any) -> None:
+        for layer in model.encoder.layer:
+            layer.output.dense.set_tensor("bias", None)
+        wanted = hidden(copy.deepcopy(model), words())
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert same_bits(hidden(model, words()), wanted)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def test_numbers_of_the_specification_are_others(self, model: Any) -> None:
+        operands = model.encoder.operands()
+        with ops.use_backend("reference"):
+            number = torch.ops.mono_quant.hold_encoder_layers.default(
+                [t for layer in model.encoder.layer for t in layer.operands().weights], 3, 0.3, [1e-5] * 6, "gelu"
+            )
+        release_encoder_layers(number)
+        assert number < 0 <= operands.held.number
+
+
 class TestOneByOne:
+    @pytest.mark.parametrize("kind", ["norm's weight", "norm's bias", "bias", "scale"])
+    def test_where_data_lies_in_another_way(self, model: Any, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+        notices._reported.clear()
+        hidden(model, words())
+        part = model.encoder.layer[1].output
+        tensor = {
+            "norm's weight": part.LayerNorm.weight, "norm's bias": part.LayerNorm.bias, "bias": part.dense.bias,
+            "scale": part.dense.weight_scale,
+        }[kind]  # fmt: skip
+        shape = tensor.shape
+        tensor.data = torch.rand(2 * tensor.numel())[::2].reshape(shape)
+        assert not tensor.is_contiguous()
+        with caplog.at_level(logging.WARNING, "mono_quant"):
+            answer = hidden(model, words())
+        assert close(answer, hidden(part_by_part(model), words()))
+        reason = "a tensor has been given data of another layout, dtype or device"
+        assert caplog.messages == [f"the layers of a BertEncoder run one by one: {reason}"]
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_where_the_forward_of_the_class_has_been_replaced(
+        self, when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def skip_the_first(self: Any, hidden_states: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+            for index, layer in enumerate(self.layer):
+                if index:
+                    hidden_states = layer(hidden_states, attention_mask)
+            return answer_type(last_hidden_state=hidden_states)
+
+        notices._reported.clear()
+        answer_type = type(bert().encoder(torch.zeros(1, 1, 36)))
+        model = None
+        if when == "after":
+            model = quantized(bert())
+            hidden(model, words())
+        monkeypatch.setattr(BertEncoder, "forward", skip_the_first)
+        model = model or quantized(bert())
+        with caplog.at_level(logging.WARNING, "mono_quant"):
+            assert calls(model, words()) == (0, 1)
+        assert close(hidden(model, words()), hidden(part_by_part(model), words()))
+        if when == "after":
+            assert caplog.messages == [
+                "the layers of a BertEncoder run one by one: the forward of the class has been replaced"
+            ]
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    @pytest.mark.parametrize("kind", [BertLayer, BertSelfAttention])
+    def test_where_the_forward_of_a_part_has_been_replaced(
+        self, when: str, kind: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own = kind.forward
+        model = quantized(bert()) if when == "after" else None
+        if model is not None:
+            hidden(model, words())
+
+        def negate(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            return own(self, -hidden_states, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", negate)
+        model = model or quantized(bert())
+        assert calls(model, words()) == (0, 0)
+        assert close(hidden(model, words()), hidden(part_by_part(model), words()))
+        monkeypatch.undo()
+
+    def test_a_decorator_that_names_what_it_wraps_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        own, seen = BertLayer.forward, []
+
+        @functools.wraps(own)
+        def watch(*args: Any, **kwargs: Any) -> Any:
+            seen.append(1)
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(BertLayer, "forward", watch)
+        assert calls(quantized(bert()), words()) == (1, 0)
+
+    def test_where_a_graph_is_traced_that_outlives_the_model(self) -> None:
+        model = quantized(bert())
+        embeddings = torch.randn(2, 5, 36)
+        with torch.no_grad():
+            wanted = model.encoder(embeddings).last_hidden_state
+            graph = traced(model.encoder, embeddings)
+            del model
+            gc.collect()
+            assert same_bits(graph(embeddings), wanted)
+
+    def test_where_a_hook_gives_the_class_back(self, model: Any) -> None:
+        wanted = hidden(part_by_part(model), words())
+        model.encoder.register_forward_pre_hook(lambda encoder, _: restore_layers(encoder))
+        assert close(hidden(model, words()), wanted)
+
+    def test_for_inputs_that_are_not_dense(self, model: Any) -> None:
+        with torch.no_grad(), Counter() as counter, pytest.raises((RuntimeError, NotImplementedError)) as error:
+            model.encoder(torch.randn(2, 5, 36).to_sparse())
+        assert (counter.together, counter.calls) == (0, 0)
+        assert "encoder layers of number" not in str(error.value)
+
     def test_where_a_layer_has_a_float_part(self) -> None:
         found = mono_quant.quantize(bert(), skip=["encoder.layer.1.output.dense"]).model
         assert not any(isinstance(module, LayerStack) for module in found.modules())
@@ -260,6 +416,33 @@ class TestChanges:
             assert calls(twin, words()) == (1, 0)
             assert close(after, hidden(part_by_part(twin), words()))
             assert not close(after, before)
+
+    def test_the_order_in_which_a_list_is_gone_through_is_seen(self, model: Any) -> None:
+        class Ordered(nn.ModuleList):
+            order = (0, 1, 2)
+
+            def __iter__(self) -> Iterator[nn.Module]:
+                return (self[i] for i in self.order)
+
+        model.encoder.layer = Ordered(model.encoder.layer)
+        before = hidden(model, words())
+        model.encoder.layer.order = (2, 1, 0)
+        after = hidden(model, words())
+        assert calls(model, words()) == (1, 0)
+        assert close(after, hidden(part_by_part(model), words()))
+        assert not close(after, before)
+
+    def test_a_list_can_be_taken_away_and_be_another_thing(self, model: Any) -> None:
+        encoder, wanted = model.encoder, hidden(model, words())
+        layers = encoder.layer
+        del encoder.layer
+        assert not hasattr(encoder, "layer")
+        encoder.layer = list(layers)
+        assert close(hidden(model, words()), wanted)
+        del encoder.layer
+        encoder.add_module("layer", layers)
+        assert calls(model, words()) == (1, 0)
+        assert same_bits(hidden(model, words()), wanted)
 
     def test_a_list_without_layers_answers_the_embeddings(self, model: Any) -> None:
         hidden(model, words())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
@@ -250,6 +251,18 @@ def has_own_forward(module: nn.Module) -> bool:
     Like a subclass, it may compute something else; a layer in its place would drop what it does.
     """
     return "forward" in module.__dict__
+
+
+def has_foreign_forward(kind: type[nn.Module]) -> bool:
+    """Say whether others put another ``forward`` into a class, which may compute something else.
+
+    Decorators that name what they wrap are looked through.
+    """
+    if kind.forward is nn.Module.forward:
+        return False
+    forward = inspect.unwrap(kind.forward)
+    found = getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)
+    return found not in {(base.__module__, f"{base.__qualname__}.forward") for base in kind.__mro__}
 
 
 def _with_scale(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> QuantizedTensor:

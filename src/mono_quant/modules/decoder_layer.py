@@ -120,7 +120,9 @@ class DecoderLayout(LayerLayout):
         """Answer the layer's keys of no token, ``[1, key heads, 0, depth]`` in the dtype of its norms."""
         size = int(attribute(layer, self.head_size))
         heads = int(attribute(layer, f"{self.key}.out_features")) // size
-        return torch.empty(1, heads, 0, size, dtype=attribute(layer, f"{self.attention_norm}.weight").dtype)
+        return torch.empty(
+            1, heads, 0, size, dtype=attribute(layer, f"{self.attention_norm}.weight").dtype, device="cpu"
+        )
 
     def run(self, layer: FusedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not _takes_arguments(layer, args, kwargs):

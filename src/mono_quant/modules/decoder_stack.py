@@ -127,7 +127,7 @@ def _call(
             return NotImplemented
         operator = torch.ops.mono_quant.decoder_layers_static_cache.default
         out = operands.call(operator, x, keys, values, positions, cosine, sine, mask, causal)
-        if out is not NotImplemented and not isinstance(caches[0], HeldCache):  # whose graph counts the tokens itself
+        if isinstance(out, Tensor) and not isinstance(caches[0], HeldCache):  # whose graph counts the tokens itself
             torch._foreach_add_(positions, length)
         return out
     nothing = empty if samples == 1 else empty.expand(samples, -1, -1, -1)
@@ -140,7 +140,7 @@ def _call(
     ):
         return NotImplemented
     answer = operands.call(torch.ops.mono_quant.decoder_layers.default, x, keys, values, cosine, sine, mask, causal)
-    if answer is NotImplemented:
+    if not isinstance(answer, tuple):
         return answer
     out, keys, values = answer
     _keep(caches, keys, values)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mono_quant.core.layer_scheme import INT8_DYNAMIC
-from mono_quant.modules.base import has_own_forward
+from mono_quant.modules.base import has_foreign_forward, has_own_forward
 from mono_quant.modules.exchanged_class import ExchangedClass, qualified_name
 from mono_quant.modules.fusion import FusedActivation, activation_name, register_pair
 from mono_quant.modules.gradients import are_recorded
-from mono_quant.modules.layer_operands import Operands, Setting, gather
+from mono_quant.modules.layer_operands import Operands, Setting, gather, kinds_in
 from mono_quant.modules.linear import QuantizedLinear
 from mono_quant.modules.notices import report_once
 from mono_quant.modules.weight_only import WeightOnlyLinear
@@ -158,10 +158,11 @@ class FusedLayer(ExchangedClass):
         """Say whether ``x`` is what operators take: float32 or bfloat16 on the CPU, no gradients, not traced."""
         if torch.compiler.is_exporting():
             return False
-        if type(x) is not Tensor or x.dtype not in FLOATS or x.dim() != 3 or x.device.type != "cpu":
+        if type(x) is not Tensor or x.dtype not in FLOATS or x.dim() != 3 or not _is_plain(x):
             found = f"a {type(x).__name__}"
             if isinstance(x, Tensor):
                 found += f" of {x.dtype} with {x.dim()} dimensions on {x.device}"
+                found += "" if x.layout == torch.strided else f", {x.layout}"
             self.report(f"its input is {found}")
             return False
         if are_recorded(x, None):
@@ -190,7 +191,7 @@ class FusedLayer(ExchangedClass):
         if not isinstance(mask, Tensor):
             self.report(f"its mask is a {type(mask).__name__}")
             return False
-        fits = mask.dim() == 4 and mask.dtype in (torch.bool, *FLOATS) and mask.device.type == "cpu"
+        fits = mask.dim() == 4 and mask.dtype in (torch.bool, *FLOATS) and _is_plain(mask)
         if fits:
             shape = mask.shape
             fits = shape[0] in (1, samples) and shape[1] == 1 and shape[2] in (1, queries) and shape[3] == keys
@@ -212,6 +213,10 @@ class FusedLayer(ExchangedClass):
     def report_unknown(self, argument: str) -> None:
         """Say once that layers of this class run part by part where they are called with ``argument``."""
         self.report(f"it is called with {argument}, which its operator does not know")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
 def why_parts(operands: Operands) -> str | None:
@@ -283,6 +288,9 @@ def why_not_fused(layer: nn.Module) -> str | None:
     objection = layout.objection(layer)
     if objection is not None:
         return objection
+    for kind in kinds_in(layer):
+        if has_foreign_forward(kind):
+            return f"the forward of {kind.__name__} is not its own"
     for name in layout.linears:
         reason = _why_not_linear(layer.get_submodule(name), name == layout.activated[0], layout)
         if reason is not None:

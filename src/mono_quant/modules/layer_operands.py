@@ -16,10 +16,11 @@ from mono_quant.modules.weight_only import WeightOnlyLinear
 
 LinearLayer = QuantizedLinear | WeightOnlyLinear
 
-_NO_ZERO_POINTS: Final = torch.empty(0, dtype=torch.int8)
+_NO_ZERO_POINTS: Final = torch.empty(0, dtype=torch.int8, device="cpu")
 _BUFFERS: Final = attrgetter("_buffers")
 _PARAMETERS: Final = attrgetter("_parameters")
 _DTYPE: Final = attrgetter("dtype")
+_FORWARD: Final = attrgetter("forward")
 # Behind the last of what is compared: if there are more or fewer than were known, it meets something else.
 _END: Final = (object(),)
 #: A mapping, such as a module's ``__dict__``, and a name in it.
@@ -43,6 +44,7 @@ class Operands:
             data, is to be seen.
         constants: What the layout read from the layer.
         settings: Where that, and what decides whether the operator applies, was read.
+        kinds: The classes of the layer and of the modules inside, whose ``forward`` others may exchange.
     """
 
     modules: tuple[nn.Module, ...]
@@ -51,6 +53,7 @@ class Operands:
     weights: list[Tensor]
     constants: Mapping[str, Any]
     settings: tuple[Setting, ...]
+    kinds: tuple[type[nn.Module], ...]
     _children: tuple[Mapping[str, nn.Module | None], ...]
     _states: tuple[Mapping[str, Any], ...]
     _known: tuple[object, ...]
@@ -68,16 +71,19 @@ class Operands:
         """Take note of what is in ``layer`` now."""
         children = tuple(module._modules for module in layer.modules() if module._modules)
         inside = tuple(layer.modules())[1:]
-        known = tuple(_contents(children, linears, norms, settings))
+        kinds = kinds_in(layer)
+        known = tuple(_contents(children, linears, norms, settings, kinds))
         states = tuple(module.__dict__ for module in inside)
-        return cls(inside, linears, norms, weights, constants, settings, children, states, known)
+        return cls(inside, linears, norms, weights, constants, settings, kinds, children, states, known)
 
     def are_current(self) -> bool:
         """Say whether no module, no tensor and no setting of the layer has been replaced since.
 
         Another tensor's data in the place of its own is seen by the operator, which looks at each anew.
         """
-        return all(map(is_, _contents(self._children, self.linears, self.norms, self.settings), self._known))
+        return all(
+            map(is_, _contents(self._children, self.linears, self.norms, self.settings, self.kinds), self._known)
+        )
 
     def may_want_to_be_called(self) -> bool:
         """Say whether a module inside is in training mode, or has hooks or a ``forward`` of its own."""
@@ -90,12 +96,19 @@ def _contents(
     linears: tuple[nn.Module, ...],
     norms: tuple[nn.Module, ...],
     settings: tuple[Setting, ...],
+    kinds: tuple[type[nn.Module], ...],
 ) -> Iterator[object]:
     # Layers replace their dict of buffers when they pack or unpack their weight: it is read anew each time.
     held = chain(children, map(_BUFFERS, linears), map(_PARAMETERS, norms))
     # A norm that is moved to another dtype keeps its parameters.
     dtypes = map(_DTYPE, chain.from_iterable(map(dict.values, map(_PARAMETERS, norms))))
-    return chain(chain.from_iterable(map(dict.values, held)), starmap(dict.get, settings), dtypes, _END)
+    named = map(dict.values, held)
+    return chain(chain.from_iterable(named), starmap(dict.get, settings), dtypes, map(_FORWARD, kinds), _END)
+
+
+def kinds_in(layer: nn.Module) -> tuple[type[nn.Module], ...]:
+    """Answer the classes of ``layer`` and of the modules inside, their own where they were exchanged."""
+    return tuple(dict.fromkeys(getattr(module, "float_type", type(module)) for module in layer.modules()))
 
 
 def gather(
@@ -114,8 +127,8 @@ def gather(
         settings: Where it was read.
 
     Returns:
-        The operands, or ``None`` where a weight is not in tiles: another thread has just chosen another backend, or the
-        weight is on another device.
+        The operands, or ``None`` where a weight is not in tiles: another thread has just chosen another backend, or a
+        tensor is on another device.
     """
     linears = tuple(layer.get_submodule(name) for name in linear_names)
     owners = dict.fromkeys(name.rpartition(".")[0] for name in norm_parameters)
@@ -133,6 +146,8 @@ def gather(
         parameter = layer.get_submodule(owner)._parameters[leaf]
         assert parameter is not None
         weights.append(parameter)
+    if any(tensor.device.type != "cpu" for tensor in weights):
+        return None
     return Operands.of(layer, linears, norms, weights, constants, tuple(settings))  # type: ignore[arg-type]
 
 
@@ -143,11 +158,11 @@ def _tensors_of(linear: LinearLayer) -> list[Tensor] | None:
         if weight is None:
             return None
     elif linear.weight_packed.device.type == "cpu":
-        weight = linear.weight_packed, torch.tensor([linear.scheme.bits], dtype=torch.int32)
+        weight = linear.weight_packed, torch.tensor([linear.scheme.bits], dtype=torch.int32, device="cpu")
     else:
         return None
     buffers = linear._buffers
     scale, bias, zero_point = buffers["weight_scale"], buffers.get("bias"), buffers.get("weight_zero_point")
     assert scale is not None
-    bias = torch.zeros(linear.out_features) if bias is None else bias
+    bias = torch.zeros(linear.out_features, dtype=torch.float32, device="cpu") if bias is None else bias
     return [*weight, scale, bias, _NO_ZERO_POINTS if zero_point is None else zero_point]

@@ -11,6 +11,7 @@ What the operators are is in :mod:`mono_quant.modules.encoder_stack` and :mod:`m
 
 from __future__ import annotations
 
+import sys
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from mono_quant.modules.base import has_foreign_forward
 from mono_quant.modules.exchanged_class import ExchangedClass, qualified_name
 from mono_quant.modules.fused_layer import FusedLayer, LayerLayout, fuse_single_layers
 from mono_quant.modules.notices import report_once
@@ -65,6 +67,7 @@ class LayerStack(ExchangedClass):
     goes_by_slices: ClassVar[bool]
     compiles: ClassVar[bool]
     stack: StackLayout
+    known_forward: Callable[..., Any]
 
     @abstractmethod
     def run_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -87,7 +90,9 @@ class LayerStack(ExchangedClass):
         """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self.training or get_backend() != "native":
+        if not isinstance(self, LayerStack):  # a hook that came before has given the class back
+            return type(self).forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling() or self.training or get_backend() != "native" or self._goes_apart():
             return super().forward(*args, **kwargs)
         before = getattr(_running, "model", None)
         _running.model = self
@@ -100,7 +105,8 @@ class LayerStack(ExchangedClass):
     def derived(cls, float_type: type[nn.Module]) -> type[Self]:
         if float_type not in _STACKED:
             kind, layout = _STACKS[qualified_name(float_type)]
-            body = {"float_type": float_type, "stack": layout, layout.layers: property(_seen_layers)}
+            body = {"float_type": float_type, "stack": layout, layout.layers: _SeenLayers(layout.layers)}
+            body["known_forward"] = staticmethod(float_type.forward)
             # It keeps its name, which transformers writes into configurations.
             named = {"__module__": float_type.__module__, "__qualname__": float_type.__qualname__}
             made = type(float_type.__name__, (kind, float_type), body | named)
@@ -129,6 +135,17 @@ class LayerStack(ExchangedClass):
         """Say once why layers run one by one; ``NotImplemented`` stands for what is known to them, who say it."""
         if reason is not NotImplemented:
             _report_one_by_one(type(self), reason)
+
+    def _goes_apart(self) -> bool:
+        """Say whether the layers must be called one by one, whatever they are called with."""
+        if self.float_type.forward is not self.known_forward:
+            self.report("the forward of the class has been replaced")
+            return True
+        if self.stack.layers not in self._modules:
+            return True
+        # A graph of make_fx outlives the numbers by which the library knows the layers.
+        tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
+        return tracing is not None and tracing.get_proxy_mode() is not None
 
     def _call_all(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         """Stand for all layers in the loop of the model."""
@@ -178,8 +195,24 @@ class _AllAsOne:
         return [self._model._call_all]
 
 
+class _SeenLayers:
+    """The list of layers, or in the loop of the model one that stands for all: an attribute of a :class:`LayerStack`.
+
+    One that an instance may have a value of its own for, since that is what a list of no modules is.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, model: LayerStack | None, owner: type[LayerStack]) -> Any:
+        if model is None:
+            return self
+        if self._name not in model._modules:
+            raise AttributeError(f"{owner.__name__} has no layers under the name {self._name!r}")
+        return _seen_layers(model)
+
+
 def _seen_layers(model: LayerStack) -> Any:
-    """Answer the list of layers, or in the loop of the model one that stands for all."""
     if torch.compiler.is_compiling():
         eager = torch.compiler._is_exporting_flag or model.training or get_backend() != "native"
         as_one = model.compiles and not eager
@@ -225,6 +258,8 @@ def fuse_layers(model: nn.Module) -> list[str]:
         if not len(layers) or not all_fused(layers, kind.layer_layout):
             continue  # a layer that is not says why
         reason = layout.refuse(module)
+        if has_foreign_forward(type(module)):
+            reason = f"the forward of {type(module).__name__} is not its own"
         if reason is None:
             kind.take_place(module)
         else:

@@ -14,6 +14,8 @@ from mono_quant.modules.swapped_tensors import ask_before_swaps
 
 #: What every operator takes once for all layers, among their constants.
 SHARED: Final = ("heads", "scale", "adds_bools", "activation")
+# How operators call data that came into the place of a held tensor's and that they cannot read as it lies.
+_OTHER_DATA: Final = "been given data of another kind"
 
 
 class HeldWeights:
@@ -47,13 +49,14 @@ class StackOperands:
         layers: The list of them, which others may have taken the place of since.
         held: The weights in the library, until these operands are gone or torch swaps tensors.
         contents: By what to tell whether they are still the model's; its constants are those of the first layer.
-        types: The classes of the layers.
+        each, types: The layers, as the list goes over them, and their classes.
         places: What the layers have under ``index`` among their constants: places in a cache.
     """
 
     layers: nn.ModuleList
     held: HeldWeights
     contents: Operands
+    each: tuple[nn.Module, ...]
     types: tuple[type[nn.Module], ...]
     places: tuple[int, ...]
 
@@ -62,21 +65,23 @@ class StackOperands:
 
         And whether the library still holds the weights.
         """
-        if layers is not self.layers or not self.held.is_held:
+        if layers is not self.layers or not self.held.is_held or tuple(layers) != self.each:
             return False
-        return self.types == tuple(map(type, layers)) and self.contents.are_current()
+        return self.types == tuple(map(type, self.each)) and self.contents.are_current()
 
     def call(self, operator: Callable[..., Any], *args: Any) -> Any:
-        """Answer what ``operator`` answers for these layers.
+        """Answer what ``operator`` answers for these layers; or, having computed nothing, why it does not.
 
-        ``NotImplemented`` where another thread has just made the library forget them: then nothing is computed.
+        ``NotImplemented`` stands for weights that another thread has just made the library forget.
         """
         try:
             return operator(self.held.number, *args)
-        except RuntimeError:
-            if self.held.is_held:
-                raise
-            return NotImplemented
+        except RuntimeError as error:
+            if not self.held.is_held:
+                return NotImplemented
+            if _OTHER_DATA in str(error):
+                return "a tensor has been given data of another layout, dtype or device"
+            raise
 
 
 def hand_over(
@@ -114,4 +119,5 @@ def hand_over(
     settings = tuple(setting for each in found for setting in each.settings)
     contents = Operands.of(layers, linears, norms, [], found[0].constants, settings)
     places = tuple(each.constants.get("index", 0) for each in found)
-    return StackOperands(layers, HeldWeights(number, release), contents, tuple(map(type, layers)), places)
+    each = tuple(layers)
+    return StackOperands(layers, HeldWeights(number, release), contents, each, tuple(map(type, each)), places)

@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from mono_quant.locks import ForkSafeLock
 from mono_quant.ops import torch_cpu
 
 
@@ -26,6 +27,7 @@ class Holder(Protocol):
 
 
 _holders: Final[WeakSet[Holder]] = WeakSet()
+_lock = ForkSafeLock()
 
 
 def ask_before_swaps(holder: Holder) -> None:
@@ -40,11 +42,12 @@ def let_go_before_swaps(tensors: Iterable[Tensor | None] = ()) -> None:
     """
     if not torch.__future__.get_swap_module_params_on_conversion():
         return
-    try:
-        while True:  # one by one: another thread may add some meanwhile
-            _holders.pop().let_go()
-    except KeyError:  # there are none
-        pass
+    with _lock:  # whoever finds none here is to find none held
+        try:
+            while True:  # one by one: another thread may add some meanwhile
+                _holders.pop().let_go()
+        except KeyError:  # there are none
+            pass
     for tensor in tensors:
         if tensor is not None:
             torch_cpu.forget(tensor)

@@ -29,7 +29,7 @@ class _Held:
 
 
 _held: dict[int, _Held] = {}
-_numbers = itertools.count()
+_numbers = itertools.count(-1, -1)  # below zero: those of the native library are not
 
 
 def hold_encoder_layers(
