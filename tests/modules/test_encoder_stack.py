@@ -36,13 +36,7 @@ from tests.integrations.encoder_models import (
 )
 from tests.ops.operands import same_bits
 
-pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
-
-
-@pytest.fixture(autouse=True)
-def native_backend() -> Iterator[None]:
-    with ops.use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native_backend")
 
 
 @pytest.fixture
@@ -238,6 +232,13 @@ class TestOneByOne:
             assert caplog.messages == [
                 "the layers of a BertEncoder run one by one: the forward of the class has been replaced"
             ]
+
+    def test_where_it_had_been_replaced_before_the_model_was_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pickled = pickle.dumps(quantized(bert()))
+        own = BertEncoder.forward
+        monkeypatch.setattr(layer_stack, "_STACKED", {})
+        monkeypatch.setattr(BertEncoder, "forward", lambda *args, **kwargs: own(*args, **kwargs))
+        assert calls(pickle.loads(pickled), words()) == (0, 2)
 
     @pytest.mark.parametrize("when", ["before", "after"])
     @pytest.mark.parametrize("kind", [BertLayer, BertSelfAttention])

@@ -67,7 +67,7 @@ class LayerStack(ExchangedClass):
     goes_by_slices: ClassVar[bool]
     compiles: ClassVar[bool]
     stack: StackLayout
-    known_forward: Callable[..., Any]
+    known_forward: Callable[..., Any] | None
 
     @abstractmethod
     def run_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -105,8 +105,12 @@ class LayerStack(ExchangedClass):
     def derived(cls, float_type: type[nn.Module]) -> type[Self]:
         if float_type not in _STACKED:
             kind, layout = _STACKS[qualified_name(float_type)]
-            body = {"float_type": float_type, "stack": layout, layout.layers: _SeenLayers(layout.layers)}
-            body["known_forward"] = staticmethod(float_type.forward)
+            body: dict[str, Any] = {
+                "float_type": float_type,
+                "stack": layout,
+                layout.layers: _SeenLayers(layout.layers),
+            }
+            body["known_forward"] = None if has_foreign_forward(float_type) else staticmethod(float_type.forward)
             # It keeps its name, which transformers writes into configurations.
             named = {"__module__": float_type.__module__, "__qualname__": float_type.__qualname__}
             made = type(float_type.__name__, (kind, float_type), body | named)
