@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from mono_quant import ops
+from mono_quant.ops import native
 from tests.spawning import SpawnedChild
 
 # Derandomized, so that a change is judged by the same examples as its parent; "search" looks for new ones.
@@ -38,6 +39,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on each backend that this machine has."""
     with ops.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def native_backend() -> Iterator[None]:
+    """Run the test on the native kernels."""
+    if not native.is_loaded():
+        pytest.skip(native.reason_not_loaded())
+    with ops.use_backend("native"):
+        yield
 
 
 @pytest.fixture

@@ -24,13 +24,7 @@ from mono_quant.ops import native
 from tests.modules.test_decoder_layer import Counter, build, close, keeping, logits, quantized, unfused, words
 from tests.ops.operands import same_bits
 
-pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
-
-
-@pytest.fixture(autouse=True)
-def native_backend() -> Iterator[None]:
-    with ops.use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native_backend")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mono_quant import InputError, ops
 from mono_quant.modules import notices
-from mono_quant.ops import native
 from tests.integrations.encoder_models import (
     bert,
     count,
@@ -26,13 +25,7 @@ from tests.io.models import same_bits
 
 Reports = Callable[[], list[str]]
 
-pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
-
-
-@pytest.fixture(autouse=True)
-def native_backend() -> Iterator[None]:
-    with ops.use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native_backend")
 
 
 @pytest.fixture

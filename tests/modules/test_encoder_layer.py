@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -19,9 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertLayer
 
-from mono_quant import ops
 from mono_quant.modules import FusedLayer, fuse_layers, quantize_linear_module, restore_layers
-from mono_quant.ops import native
 from tests.integrations.encoder_models import (
     bert,
     close,
@@ -36,13 +34,7 @@ from tests.integrations.encoder_models import (
 from tests.integrations.encoder_models import words as ids
 from tests.io.models import same_bits
 
-pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
-
-
-@pytest.fixture(autouse=True)
-def native_backend() -> Iterator[None]:
-    with ops.use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native_backend")
 
 
 @pytest.fixture

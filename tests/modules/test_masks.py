@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,23 +10,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from mono_quant import ops
 from mono_quant.modules import layer_stack, notices
-from mono_quant.ops import native
 from tests.integrations import encoder_models
 from tests.integrations.encoder_models import ENCODERS, from_parts, run
 from tests.modules.test_decoder_layer import FAMILIES, build, close, keeping, logits, quantized, unfused, words
 from tests.ops.operands import same_bits
 
-pytestmark = pytest.mark.skipif(not native.is_loaded(), reason=native.reason_not_loaded())
+pytestmark = pytest.mark.usefixtures("native_backend")
 
 ADDED = "its mask is of bools, which its attention adds to the scores"
-
-
-@pytest.fixture(autouse=True)
-def native_backend() -> Iterator[None]:
-    with ops.use_backend("native"):
-        yield
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ more than a call for one token should have to pass.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,8 +15,7 @@ from torch import Tensor
 from mono_quant.errors import InputError
 from mono_quant.ops.decoder_reference import WEIGHTS, decoder_layer, decoder_layer_static_cache
 from mono_quant.ops.encoder_reference import hidden_states_shape
-
-_EPS: Final = 2
+from mono_quant.ops.held_reference import by_layer, numbers
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,6 @@ class _Held:
 
 
 _held: dict[int, _Held] = {}
-_numbers = itertools.count(-1, -1)  # below zero: those of the native library are not
 
 
 def hold_decoder_layers(
@@ -62,14 +58,9 @@ def hold_decoder_layers(
     Raises:
         InputError: The number of weights does not fit.
     """
-    layers = len(weights) // WEIGHTS
-    if not layers or len(weights) != layers * WEIGHTS or len(eps) != layers * _EPS:
-        raise InputError(f"got {len(weights)} weights and {len(eps)} eps, expected {WEIGHTS} and {_EPS} for each layer")
-    number = next(_numbers)
-    each = tuple(weights[at : at + WEIGHTS] for at in range(0, len(weights), WEIGHTS))
-    _held[number] = _Held(
-        each, heads, (key_heads, depth), scale, tuple(zip(eps[::2], eps[1::2], strict=True)), activation
-    )
+    each, pairs = by_layer(weights, eps, WEIGHTS)
+    number = next(numbers)
+    _held[number] = _Held(each, heads, (key_heads, depth), scale, pairs, activation)
     return number
 
 

@@ -6,17 +6,14 @@ from then on.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from torch import Tensor
 
 from mono_quant.errors import InputError
 from mono_quant.ops.encoder_reference import WEIGHTS, encoder_layer
-
-_EPS: Final = 2
+from mono_quant.ops.held_reference import by_layer, numbers
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,6 @@ class _Held:
 
 
 _held: dict[int, _Held] = {}
-_numbers = itertools.count(-1, -1)  # below zero: those of the native library are not
 
 
 def hold_encoder_layers(
@@ -51,12 +47,9 @@ def hold_encoder_layers(
     Raises:
         InputError: The number of weights does not fit.
     """
-    layers = len(weights) // WEIGHTS
-    if not layers or len(weights) != layers * WEIGHTS or len(eps) != layers * _EPS:
-        raise InputError(f"got {len(weights)} weights and {len(eps)} eps, expected {WEIGHTS} and {_EPS} for each layer")
-    number = next(_numbers)
-    each = tuple(weights[at : at + WEIGHTS] for at in range(0, len(weights), WEIGHTS))
-    _held[number] = _Held(each, heads, scale, tuple(zip(eps[::2], eps[1::2], strict=True)), activation)
+    each, pairs = by_layer(weights, eps, WEIGHTS)
+    number = next(numbers)
+    _held[number] = _Held(each, heads, scale, pairs, activation)
     return number
 
 
